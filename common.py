@@ -1,0 +1,363 @@
+"""What every script needs and no algorithm owns: model loading, data, reward stubs, the bookkeeping of a run.
+
+A mistake that a user can make ends in SystemExit with one line: what is wrong, where, and how to mend it.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+# OpenMP threads that wait at a barrier spin, and beside one busy process a step of a 1 M-parameter model then takes 3 to 25
+# times its time. 2,000 turns instead of 300,000 cost 1 % on two idle cores and 2.5 times its time on busy ones, where
+# sleeping at once (OMP_WAIT_POLICY=PASSIVE) costs 10 % and 2.3 times: benchmarks/openmp.py. Set before torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+transformers.utils.logging.disable_progress_bar()
+
+Row = dict  # one line of data: "prompt" and any further columns
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, else Apple's MPS, else the CPU; any other name is torch's own."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Context for forward passes: `auto` is bfloat16 on CUDA and float32 elsewhere.
+
+    Parameters stay float32 in each case: AdamW on bfloat16 parameters rounds nearly every step of an RL-sized learning
+    rate away (NVIDIA-NeMo/RL#2322).
+    """
+    enabled = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def load_model(path: str, device: torch.device):
+    """A causal LM in float32, and its tokenizer, from a checkpoint folder or a hub id.
+
+    Settled here once, so that no script has to think of it:
+    - dropout is 0: the log-probs of one completion must come out the same twice (arXiv 2403.17031, detail 5);
+    - `generation_config.eos_token_id` becomes the list of all ids that end a completion, the model's and the
+      tokenizer's, which differ for Qwen2.5 base (huggingface/trl#7039 shows what comes of knowing only one);
+    - logits of a padded vocabulary that no token owns are cut off, for the sampler and the log-probs alike: training
+      raises them until one is sampled (vllm-project/vllm#13175).
+    """
+    bundled = Path(__file__).parent / path
+    path = str(bundled) if bundled.exists() and not Path(path).exists() else path
+    try:
+        config = AutoConfig.from_pretrained(path)
+        for part in (config, config.get_text_config()):
+            for name, value in vars(part).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(part, name, 0.0)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # without dtype the checkpoint's own would be loaded, often bfloat16 (huggingface/transformers#42805)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"--model {path}: not the folder or hub id of a causal language model ({reason})") from None
+    eos = model.generation_config.eos_token_id
+    stop_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    if not stop_ids:
+        raise SystemExit(f"--model {path}: no stop token; set eos_token_id in its generation_config.json")
+    model.generation_config.eos_token_id = sorted(stop_ids)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits[..., :vocab_size])
+    return model.to(device).eval(), tokenizer
+
+
+def arithmetic() -> list[Row]:
+    """The built-in task: all sums of two numbers below 100, as prompts with answers, demonstrations and pairs.
+
+    The rejected answer slips on the carry, as the base model in models/arithmetic mostly does: it forgets the carry
+    where there is one (37 + 48 is "75"), and carries where there is none.
+    """
+    rows = []
+    for a in range(100):
+        for b in range(100):
+            right, wrong = f" {a + b}", f" {without_carry(a, b) if without_carry(a, b) != a + b else a + b + 10}"
+            row = {"prompt": f"What is {a} + {b}?", "answer": str(a + b), "completion": right}
+            rows.append(row | {"chosen": right, "rejected": wrong})
+    return rows
+
+
+def without_carry(a: int, b: int) -> int:
+    """The sum of two numbers below 100, each digit added on its own: 37 + 48 -> 75, 75 + 48 -> 13."""
+    return (a // 10 + b // 10) % 10 * 10 + (a + b) % 10
+
+
+def read_rows(source: str, columns: tuple[str, ...]) -> list[Row]:
+    """Rows of `arithmetic`, of a .jsonl file or of a hub data set's train split (`id` or `id:configuration`)."""
+    if source == "arithmetic":
+        return arithmetic()
+    if Path(source).is_file():
+        rows = []
+        for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise SystemExit(f"{source}, line {number}: not JSON ({error})") from None
+    elif source.endswith((".jsonl", ".json")):
+        raise SystemExit(f"--data {source}: no such file")
+    else:
+        try:
+            import datasets
+        except ImportError:
+            raise SystemExit(f"--data {source}: no such file; a hub data set needs `pip install datasets`") from None
+        name, _, configuration = source.partition(":")
+        rows = list(datasets.load_dataset(name, configuration or None, split="train"))
+    if not rows:
+        raise SystemExit(f"--data {source}: has no rows")
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if not isinstance(row, dict) or not row.get(column):
+                raise SystemExit(f'{source}, row {number}: "{column}" is missing or empty; rows need {columns}')
+    return rows
+
+
+def load_data(
+    source: str, eval_source: str, eval_prompts: int, columns: tuple[str, ...]
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, which must have the columns, and at most `eval_prompts` rows held out.
+
+    Without an `eval_source` a tenth of the prompts is held out, chosen by hash, so that it is the same in each run.
+    """
+    rows = read_rows(source, columns)
+    if eval_source:
+        return rows, read_rows(eval_source, ("prompt",))[:eval_prompts]
+    digests = [hashlib.md5(json.dumps(row["prompt"]).encode()).hexdigest() for row in rows]
+    by_digest = dict(sorted(zip(digests, rows), key=lambda item: item[0]))
+    if len(by_digest) < 2:
+        raise SystemExit(f"--data {source}: one prompt only, so none can be held out; add rows or give --eval-data")
+    held_out = dict(list(by_digest.items())[: max(1, len(by_digest) // 10)])
+    train_rows = [row for digest, row in zip(digests, rows) if digest not in held_out]
+    return train_rows, list(held_out.values())[:eval_prompts]
+
+
+def take_batch(rows: list, step: int, size: int, seed: int) -> list:
+    """The rows of a step (from 1): epoch after epoch, each in an order that only seed and epoch determine."""
+    orders, batch = {}, []
+    for position in range((step - 1) * size, step * size):
+        epoch, index = divmod(position, len(rows))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(len(rows), generator=generator).tolist()
+        batch.append(rows[orders[epoch][index]])
+    return batch
+
+
+def text_of(message: str | list[dict]) -> str:
+    return message if isinstance(message, str) else message[-1]["content"]
+
+
+def prompt_text(tokenizer, prompt: str | list[dict]) -> str:
+    """The prompt as the model reads it: through the chat template, if there is one, a string being one user turn."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if not isinstance(prompt, str):
+        raise SystemExit("the data holds chat messages but the tokenizer has no chat template; give string prompts")
+    return prompt
+
+
+def prompt_tokens(tokenizer, prompt: str | list[dict]) -> list[int]:
+    """Token ids of a prompt. A chat template writes its own BOS: a second one is not added (huggingface/open-r1#462)."""
+    return tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
+
+
+def completion_tokens(
+    tokenizer, prompt: str | list[dict], completion: str | list[dict], stop_ids: list[int]
+) -> list[int]:
+    """Token ids of a demonstrated completion, its stop token last: the ids that the policy itself would have sampled.
+
+    Prompt and completion are tokenised apart, so the prompt's ids are those of a rollout, whatever the completion
+    begins with (huggingface/trl#2209). The stop token is the one with which the chat template ends a turn, if it does.
+    """
+    text = text_of(completion)
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        turn = {"role": "assistant", "content": text}
+        dialogue = tokenizer.apply_chat_template([*messages, turn], tokenize=False)
+        start = prompt_text(tokenizer, prompt)
+        if not dialogue.startswith(start):
+            raise SystemExit(
+                "the chat template renders an answered prompt unlike an open one: no completion to train on"
+            )
+        text = dialogue[len(start) :]
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    stops = [index for index, token in enumerate(ids) if token in stop_ids]
+    return ids[: stops[-1] + 1] if stops else [*ids, tokenizer.eos_token_id]
+
+
+def pad(sequences: list[list[int]], side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [N, longest]. The mask comes from lengths, and what stands in the padding never matters: a mask made
+    by comparing ids with the pad token deletes the stop token where the two are one (huggingface/trl#3091)."""
+    width = max(map(len, sequences))
+    ids, mask = torch.zeros(2, len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        columns = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
+        ids[row, columns] = torch.tensor(sequence)
+        mask[row, columns] = 1
+    return ids.to(device), mask.to(device)
+
+
+def encode_prompts(tokenizer, rows: list[Row], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """prompt_ids, prompt_mask [N, P] of the rows' prompts, padded on the left."""
+    return pad([prompt_tokens(tokenizer, row["prompt"]) for row in rows], "left", device)
+
+
+def decode(tokenizer, ids: torch.Tensor, mask: torch.Tensor, special: bool = False) -> list[str]:
+    """Text of what the mask keeps of each row, without special tokens unless asked for."""
+    return [
+        tokenizer.decode(row[keep], skip_special_tokens=not special) for row, keep in zip(ids.cpu(), mask.cpu() > 0)
+    ]
+
+
+def find_number(text: str) -> str | None:
+    """The number after "####", else the last one in the text, in one spelling: "1,200.50" is "1200.5"; None without.
+
+    Nothing is converted, so a hostile completion of a million digits costs no more than reading it.
+    """
+    _, marker, tail = text.rpartition("####")
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", tail.replace(",", ""))
+    if not numbers:
+        return None
+    number = numbers[0 if marker else -1]
+    whole, _, fraction = number.lstrip("-").partition(".")
+    spelled = f"{whole.lstrip('0') or '0'}.{fraction.rstrip('0')}".rstrip(".")
+    return f"-{spelled}" if number.startswith("-") and spelled != "0" else spelled
+
+
+def exact_answer(prompts: list, completions: list, answer: list, **columns: list) -> list[float | None]:
+    """1.0 where the completion's number is the answer's; an answer without a number must be met word for word."""
+    pairs = [(text_of(completion), str(truth)) for completion, truth in zip(completions, answer)]
+    return [
+        float(text.strip() == truth.strip() if find_number(truth) is None else find_number(text) == find_number(truth))
+        for text, truth in pairs
+    ]
+
+
+def format_reward(prompts: list, completions: list, **columns: list) -> list[float | None]:
+    """1.0 where the completion's last line is a number and nothing else, with "####" before it or not."""
+    lines = [text_of(completion).strip().rpartition("\n")[2] for completion in completions]
+    return [float(re.fullmatch(r"(?:#### ?)?-?[\d,]+(?:\.\d+)?", line) is not None) for line in lines]
+
+
+def length_reward(prompts: list, completions: list, **columns: list) -> list[float | None]:
+    """Minus the completion's length in thousands of characters."""
+    return [-len(text_of(completion)) / 1000 for completion in completions]
+
+
+REWARDS = {"exact_answer": exact_answer, "format": format_reward, "length": length_reward}
+
+
+def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
+    """The weighted sum of rewards, each a name in REWARDS or `file.py:function` with TRL's signature,
+    `reward(prompts, completions, **columns) -> list[float | None]`.
+
+    Returns score(rows, completions) -> rewards [B], {name: values [B]}. None, for a completion that a function cannot
+    score, counts for nothing; where no function could, the reward is NaN and the row takes no part in the update.
+    """
+    if weights and len(weights) != len(names):
+        raise SystemExit(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
+    functions = {}
+    for name in names:
+        file, _, function = name.rpartition(":")
+        if name not in REWARDS and not Path(file).is_file():
+            raise SystemExit(
+                f"--reward {name}: give one of {', '.join(REWARDS)}, or file.py:function of a file that exists"
+            )
+        if name not in REWARDS:
+            spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            if not hasattr(module, function):
+                raise SystemExit(f"--reward {name}: {file} has no function {function}")
+        functions[function or name] = REWARDS.get(name) or getattr(module, function)
+
+    def score(rows: list[Row], texts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        # like TRL, a chat prompt is answered by a chat message and a string by a string
+        answers = [
+            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+            for row, text in zip(rows, texts)
+        ]
+        columns = {name: [row.get(name) for row in rows] for row in rows[:1] for name in row if name != "prompt"}
+        if exact_answer in functions.values() and "answer" not in columns:
+            raise SystemExit('--reward exact_answer: the data has no column "answer"; add it or choose another reward')
+        total, scored, components = torch.zeros(len(rows)), torch.zeros(len(rows)), {}
+        for weight, (name, function) in zip(weights or [1.0] * len(names), functions.items()):
+            values = function([row["prompt"] for row in rows], answers, **columns)
+            if len(values) != len(rows):
+                raise SystemExit(f"--reward {name}: returned {len(values)} values for {len(rows)} completions")
+            components[name] = torch.tensor([float("nan") if value is None else float(value) for value in values])
+            total += weight * components[name].nan_to_num()
+            scored += ~components[name].isnan()
+        return total.where(scored > 0, float("nan")), components
+
+    return score
+
+
+class Run:
+    """The output folder of a run (args.json, metrics.jsonl, samples.jsonl, model/), its seed and its progress bar."""
+
+    def __init__(self, args) -> None:
+        self.name = Path(sys.modules[type(args).__module__].__file__).stem
+        self.dir = Path(args.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if (self.dir / "metrics.jsonl").exists():
+            raise SystemExit(f"--output-dir {self.dir}: already holds a run; give another folder or remove it")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        self.files = {name: open(self.dir / f"{name}.jsonl", "w") for name in ("metrics", "samples")}
+        torch.manual_seed(args.seed)
+        self.start = time.perf_counter()
+        self.last, self.accuracies = {}, []
+        self.bar = tqdm(total=args.num_steps, desc=self.name, dynamic_ncols=True)
+
+    def write(self, file: str, record: dict) -> None:
+        self.files[file].write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.files[file].flush()
+
+    def log(self, step: int, metrics: dict) -> None:
+        """Append a line to metrics.jsonl and show the main figures in the bar."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        self.write("metrics", {"step": step, "time/total": time.perf_counter() - self.start, **metrics})
+        self.last |= metrics
+        self.accuracies += [metrics["eval/accuracy"]] if "eval/accuracy" in metrics else []
+        shown = ("reward/mean", "loss/sft", "eval/accuracy", "kl/ref", "tokens_per_second")
+        self.bar.set_postfix({name: f"{self.last[name]:.3g}" for name in shown if name in self.last}, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def log_samples(self, step: int, phase: str, prompts: list[str], completions: list[str], components: dict) -> None:
+        """Append as many completions as there are prompts to samples.jsonl, each with every reward component."""
+        for index, (prompt, completion) in enumerate(zip(prompts, completions)):
+            scores = {
+                name: None if values[index].isnan() else values[index].item() for name, values in components.items()
+            }
+            self.write("samples", {"step": step, "phase": phase, "prompt": prompt, "completion": completion, **scores})
+
+    def finish(self, model, tokenizer) -> dict[str, float]:
+        """Save the model, print the closing line, return the last value of each metric."""
+        self.bar.close()
+        model.save_pretrained(self.dir / "model")
+        tokenizer.save_pretrained(self.dir / "model")
+        for file in self.files.values():
+            file.close()
+        accuracy = " -> ".join(f"{self.accuracies[i]:.3f}" for i in (0, -1)) if self.accuracies else "not measured"
+        seconds = time.perf_counter() - self.start
+        print(f"{self.name}: held-out accuracy {accuracy} in {seconds:.0f} s, model in {self.dir / 'model'}")
+        return self.last

@@ -1,0 +1,353 @@
+"""GRPO: group-relative advantages in PPO's clipped update, without a value model; and its well-known variants.
+
+With r_t = pi / pi_old per token, A_i = (R_i - mean R) / std R over the G completions of a prompt, n_i tokens in completion i,
+N tokens and B completions in the optimizer batch, k_t the KL estimate, and
+l_t = -min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i) + beta k_t, the loss types are
+
+    grpo     L = 1/B sum_i 1/n_i sum_t l_t                          arXiv 2402.03300, eq. 3
+    dapo     L = 1/N sum_i sum_t l_t, clip_high > clip_low          arXiv 2503.14476, eq. 8
+    dr_grpo  L = 1/(B max_new_tokens) sum_i sum_t l_t, no std       arXiv 2503.20783, section 3.2
+    gspo     grpo with r_t = exp(mean_t log pi / pi_old) for all t  arXiv 2507.18071, eq. 5 and 7
+    cispo    L = 1/N sum_i sum_t -sg(clip(r_t)) A_i log pi + beta k_t   arXiv 2506.13585, eq. 4; sg stops the gradient
+
+    k3 = pi_ref / pi - log(pi_ref / pi) - 1, the paper's: unbiased, but in a loss its gradient is the forward KL's
+    k2 = log(pi_ref / pi)^2 / 2: on-policy its gradient in a loss is that of KL(pi || pi_ref)   (arXiv 2512.21852)
+
+Source: arXiv 2509.04501, section on GRPO; the papers above. Simplified: one reward model call for each rollout, no refreshed
+reference model. Clip range, std and beta are by default those of the paper that the loss type comes from.
+
+    python grpo.py
+    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 --micro-batch-size 8 --max-new-tokens 512
+
+A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; any column reaches the reward function by its name.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import common  # before torch: it calms OpenMP
+
+import torch
+import tyro
+
+
+@dataclass
+class Args:
+    model: str = "models/arithmetic"
+    """checkpoint folder or hub id of a causal language model"""
+    data: str = "arithmetic"
+    """`arithmetic`, a .jsonl file, or a hub data set id"""
+    eval_data: str = ""
+    """rows for evaluation; without it a tenth of the prompts is held out"""
+    reward: tuple[str, ...] = ("exact_answer",)
+    """one or several of exact_answer, format, length, file.py:function"""
+    reward_weights: tuple[float, ...] = ()
+    """one weight for each reward; 1 each without it"""
+    num_steps: int = 100
+    """rollouts, each followed by its update"""
+    prompts_per_step: int = 16
+    """prompts in a rollout"""
+    samples_per_prompt: int = 8
+    """completions of each prompt"""
+    micro_batch_size: int = 128
+    """sequences in one forward and backward pass; changes memory, never the result"""
+    max_new_tokens: int = 8
+    """tokens in a completion, its stop token included"""
+    temperature: float = 1.0
+    """divides the logits, in sampling and in every log-prob"""
+    learning_rate: float = 3e-4
+    """AdamW's at the first step; it falls linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    seed: int = 1
+    """of the order of the data and of the sampling"""
+    device: str = "auto"
+    """auto is CUDA, else MPS, else the CPU"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of forward passes: auto is bfloat16 on CUDA, float32 elsewhere; parameters are always float32"""
+    eval_every: int = 10
+    """steps between evaluations"""
+    eval_prompts: int = 500
+    """held-out prompts in an evaluation, at most"""
+    output_dir: str = ""
+    """folder of the run; runs/<script>-<time> without it"""
+    num_epochs: int = 1
+    """passes over each rollout"""
+    num_minibatches: int = 1
+    """optimizer steps in a pass"""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    """see above; sets the next four where they are not given"""
+    clip_low: float | None = None
+    """the ratio is clipped below at 1 - clip_low"""
+    clip_high: float | None = None
+    """the ratio is clipped above at 1 + clip_high"""
+    scale: Literal["std", "none"] | None = None
+    """whether a group's advantages are divided by its standard deviation"""
+    beta: float | None = None
+    """weight of the KL to the starting model in the loss; 0 loads no second model"""
+    kl_estimator: Literal["k3", "k2"] = "k3"
+    """of that KL"""
+    overlong_buffer: int = 0
+    """completions lose up to 1 reward over their last so many tokens (arXiv 2503.14476, eq. 13)"""
+
+
+PAPER_SETTINGS = {  # clip_low, clip_high, scale, beta
+    "grpo": (0.2, 0.2, "std", 0.04),
+    "dapo": (0.2, 0.28, "std", 0.0),
+    "dr_grpo": (0.2, 0.2, "none", 0.0),
+    "gspo": (3e-4, 4e-4, "std", 0.0),
+    "cispo": (1.0, 4.0, "std", 0.0),  # no lower bound; the upper one is TRL's epsilon_high of 5 (arXiv 2510.13786)
+}
+
+
+@torch.no_grad()
+def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
+    """Sample completions from the plain softmax at the temperature (0 is greedy): no top-k, top-p or penalties.
+
+    Each prompt is prefilled once and its KV cache repeated for its samples; a row that has sampled a stop token leaves the
+    batch. prompt_ids, prompt_mask [N, P] are left-padded, so that the last position of each row is its newest token.
+    Returns completion_ids, completion_mask and the log-probs of what was sampled, all [B, T], B = N * samples_per_prompt;
+    the mask is 1.0 up to and including the first stop token.
+    """
+    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
+    P = prompt_ids.shape[1]
+    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # absolute positions must not count the padding
+    output = model(
+        input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids, use_cache=True, logits_to_keep=1
+    )
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(samples_per_prompt)
+    logits = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)  # [B, V]
+    mask = prompt_mask.repeat_interleave(samples_per_prompt, 0)
+    mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], 1)  # [B, P+T]
+    completion_ids = prompt_ids.new_zeros(len(mask), max_new_tokens)
+    completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
+    logprobs = torch.zeros_like(completion_mask)
+    alive = torch.arange(len(mask), device=mask.device)  # rows of the result that the batch still holds
+    for t in range(max_new_tokens):
+        log_softmax = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+        token = log_softmax.exp().multinomial(1) if temperature > 0 else log_softmax.argmax(-1, keepdim=True)
+        completion_ids[alive, t] = token[:, 0]
+        completion_mask[alive, t] = 1.0
+        logprobs[alive, t] = log_softmax.gather(1, token)[:, 0]
+        going = ~torch.isin(token[:, 0], stop_ids)
+        if t + 1 == max_new_tokens or not going.any():
+            break
+        if not going.all():
+            cache.batch_select_indices(going)
+            alive, token, mask = alive[going], token[going], mask[going]
+        seen = mask[:, : P + t + 1]
+        position_ids = seen.sum(1, keepdim=True) - 1
+        logits = model(
+            input_ids=token, attention_mask=seen, position_ids=position_ids, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+    return completion_ids[:, : t + 1], completion_mask[:, : t + 1], logprobs[:, : t + 1]
+
+
+def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
+    """log pi(y_t | x, y_<t) of given completions [B, T], 0 after their end, under the temperature that sampled them."""
+    input_ids = torch.cat([prompt_ids, completion_ids], 1)  # [B, P+T]
+    attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        logits_to_keep=completion_ids.shape[1] + 1,
+    ).logits[:, :-1]  # [B, T, V]: the logits at position t predict token t + 1
+    log_softmax = (logits.float() / temperature).log_softmax(-1)  # in bfloat16 it would be off by 0.03 and more
+    return log_softmax.gather(-1, completion_ids[..., None])[..., 0] * completion_mask
+
+
+def compute_advantages(rewards, *, samples_per_prompt, scale):
+    """Rewards [B] relative to their group; a prompt's samples are adjacent. NaN (not scored) counts for nothing, gets 0."""
+    groups = rewards.float().view(-1, samples_per_prompt)  # [N, G]
+    scored = ~groups.isnan()
+    count = scored.sum(1, keepdim=True)
+    centred = (groups - groups.nansum(1, keepdim=True) / count).nan_to_num(0.0)
+    if scale == "std":
+        centred = centred / ((centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
+    # rounding leaves a residue in a group that all scored the same, and the division would blow it up
+    spread = groups.nan_to_num(-torch.inf).amax(1, keepdim=True) > groups.nan_to_num(torch.inf).amin(1, keepdim=True)
+    return (centred * spread).view(-1)
+
+
+def compute_ratio(logprobs, old_logprobs, completion_mask, *, loss_type):
+    """pi / pi_old of each token [B, T]; for gspo one ratio of each completion [B, 1], the geometric mean of its tokens'."""
+    log_ratio = logprobs - old_logprobs
+    if loss_type == "gspo":
+        lengths = completion_mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = (log_ratio * completion_mask).sum(1, keepdim=True) / lengths
+    return log_ratio.exp()
+
+
+def policy_loss(
+    logprobs,
+    old_logprobs,
+    ref_logprobs,
+    advantages,
+    completion_mask,
+    *,
+    loss_type,
+    clip_low,
+    clip_high,
+    beta,
+    kl_estimator,
+    normalizer,
+):
+    """The formulas above: log-probs and mask [B, T], advantages [B]; ref_logprobs is not read where beta is 0.
+
+    The normalizer is loss_normalizer's of the whole optimizer batch.
+    """
+    ratio = compute_ratio(logprobs, old_logprobs, completion_mask, loss_type=loss_type)
+    advantages = advantages[:, None]
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    if loss_type == "cispo":
+        loss = -clipped_ratio.detach() * advantages * logprobs
+    else:
+        loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
+    if beta:
+        log_ref_ratio = ref_logprobs - logprobs
+        kl = log_ref_ratio.exp() - log_ref_ratio - 1 if kl_estimator == "k3" else log_ref_ratio.square() / 2
+        loss = loss + beta * kl
+    if loss_type in ("grpo", "gspo"):
+        loss = loss / completion_mask.sum(1, keepdim=True).clamp(min=1)
+    return (loss * completion_mask).sum() / normalizer
+
+
+def loss_normalizer(completion_mask, loss_type, max_new_tokens):
+    """What the loss of an optimizer batch is divided by: its completions, its tokens, or the tokens there was room for."""
+    completions, tokens = completion_mask.any(1).sum(), completion_mask.sum()
+    return {"dapo": tokens, "cispo": tokens, "dr_grpo": completions * max_new_tokens}.get(loss_type, completions)
+
+
+def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_size):
+    """Mean reward of greedy completions of held-out prompts: the accuracy, where the reward is 0 or 1."""
+    rewards = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, batch, model.device)
+        completion_ids, completion_mask, _ = rollout(
+            model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=max_new_tokens, temperature=0.0
+        )
+        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        batch_rewards, components = score(batch, texts)
+        rewards.append(batch_rewards)
+        if start == 0:
+            prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
+            run.log_samples(step, "eval", prompts, texts, components)
+    return torch.cat(rewards).nanmean().item()
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, evaluate, save; returns the last value of every metric."""
+    given = (args.clip_low, args.clip_high, args.scale, args.beta)
+    settings = [paper if flag is None else flag for flag, paper in zip(given, PAPER_SETTINGS[args.loss_type])]
+    args.clip_low, args.clip_high, args.scale, args.beta = settings
+    run = common.Run(args)
+    device = common.pick_device(args.device)
+    autocast = common.autocast(device, args.dtype)
+    model, tokenizer = common.load_model(args.model, device)
+    ref_model = common.load_model(args.model, device)[0] if args.beta else None
+    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
+    score = common.load_reward(args.reward, args.reward_weights)
+    G, B = args.samples_per_prompt, args.prompts_per_step * args.samples_per_prompt
+    sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    loss_settings = {"loss_type": args.loss_type, "clip_low": args.clip_low, "clip_high": args.clip_high}
+    loss_settings |= {"beta": args.beta, "kl_estimator": args.kl_estimator}
+    greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
+
+    with autocast:
+        accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
+    run.log(0, {"eval/accuracy": accuracy})
+    for step in range(1, args.num_steps + 1):
+        # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
+        start = time.perf_counter()
+        rows = common.take_batch(train_rows, step, args.prompts_per_step, args.seed)
+        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, rows, device)
+        with autocast:
+            completion_ids, completion_mask, sampled_logprobs = rollout(model, prompt_ids, prompt_mask, **sampling)
+        rows = [row for row in rows for _ in range(G)]
+        prompt_ids, prompt_mask = prompt_ids.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # [B, P]
+        lengths = completion_mask.sum(1)  # [B]
+        truncated = ~(torch.isin(completion_ids, stop_ids) & (completion_mask > 0)).any(1)  # [B]
+        rollout_seconds = time.perf_counter() - start
+
+        # 2. score
+        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        rewards, components = score(rows, texts)
+        rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
+        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update
+        batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+        chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
+        metrics = {}
+
+        # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
+        if args.overlong_buffer:
+            rewards -= (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / args.overlong_buffer
+        advantages = compute_advantages(rewards, samples_per_prompt=G, scale=args.scale)  # [B]
+        minibatches = [rows for _ in range(args.num_epochs) for rows in torch.randperm(B).chunk(args.num_minibatches)]
+        old_logprobs = ref_logprobs = torch.zeros_like(completion_mask)  # [B, T]
+        with torch.no_grad(), autocast:
+            if len(minibatches) > 1:  # else they are by definition those of the update itself
+                old_logprobs = [token_logprobs(model, *chunk, temperature=args.temperature) for chunk in chunks]
+                old_logprobs = torch.cat(old_logprobs)
+            if args.beta:
+                ref_logprobs = [token_logprobs(ref_model, *chunk, temperature=args.temperature) for chunk in chunks]
+                ref_logprobs = torch.cat(ref_logprobs)
+                kl = (sampled_logprobs - ref_logprobs) * completion_mask  # [B, T]
+                metrics["kl/ref"] = kl.sum() / completion_mask.sum()
+
+        # 4. update: one optimizer step on each minibatch
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.num_steps)
+        stats = {"loss/policy": 0.0, "policy/clip_frac": 0.0, "kl/old": 0.0}
+        for minibatch in minibatches:
+            tokens = completion_mask[minibatch].sum()
+            normalizer = loss_normalizer(completion_mask[minibatch], args.loss_type, args.max_new_tokens)
+            for micro in minibatch.to(device).split(args.micro_batch_size):
+                mask, ref = completion_mask[micro], ref_logprobs[micro]
+                with autocast:
+                    logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
+                old = old_logprobs[micro] if len(minibatches) > 1 else logprobs.detach()
+                loss = policy_loss(logprobs, old, ref, advantages[micro], mask, normalizer=normalizer, **loss_settings)
+                loss.backward()
+                with torch.no_grad():
+                    ratio = compute_ratio(logprobs, old, mask, loss_type=args.loss_type)
+                    clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+                    stats["loss/policy"] += loss.item()
+                    stats["policy/clip_frac"] += (clipped * mask).sum().item() / tokens.item()
+                    stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum().item() / tokens.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        metrics |= {name: total / len(minibatches) for name, total in stats.items()}
+
+        # 5. log
+        seconds = time.perf_counter() - start
+        groups = rewards.view(-1, G)
+        metrics |= {
+            "reward/mean": rewards.nanmean(),
+            **{f"reward/{name}": values.nanmean() for name, values in components.items()},
+            "policy/entropy": -(sampled_logprobs * completion_mask).sum() / completion_mask.sum(),  # as sampled
+            "completion/length": lengths.mean(),
+            "completion/truncated": truncated.float().mean(),
+            "group/zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
+            "time/rollout": rollout_seconds,
+            "time/update": seconds - rollout_seconds,
+            "tokens_per_second": lengths.sum() / seconds,
+        }
+        prompts = common.decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
+        run.log_samples(step, "train", prompts, texts, components)
+        if step % args.eval_every == 0 or step == args.num_steps:
+            with autocast:
+                metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
+        run.log(step, metrics)
+    return run.finish(model, tokenizer)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

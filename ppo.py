@@ -1,0 +1,363 @@
+"""PPO: several clipped updates on each rollout, with advantages per token from a learned value model.
+
+With r_t = pi / pi_old and N tokens in the optimizer batch, policy and value model minimise
+
+    L_policy = -1/N sum_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t)
+    L_value  = 1/(2N) sum_t max((V_t - R_t)^2, (V_t_old + clip(V_t - V_t_old, -eps_v, eps_v) - R_t)^2)
+
+A_t is generalised advantage estimation over the completion's tokens, delta_t = r_t + gamma V_t+1 - V_t and
+A_t = delta_t + gamma lambda A_t+1, then whitened over all tokens of the rollout; R_t = A_t + V_t before whitening. The reward
+r_t of a token is -kl_coef (log pi - log pi_ref), plus the score on the stop token. The state after a stop token is worth 0. A
+completion that was cut off has not ended: it gets no score, and the value of the state after its last token stands for the
+rest.
+
+Source: Schulman et al., arXiv 1707.06347, eq. 7; GAE: arXiv 1506.02438, eq. 16; for language models Ouyang et al., arXiv
+2203.02155, and arXiv 2403.17031; arXiv 2509.04501, section on PPO. TRL puts the score one position after the stop token.
+
+    python ppo.py
+    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 --value-learning-rate 1e-5 \
+        --micro-batch-size 8 --max-new-tokens 512
+
+A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; any column reaches the reward function by its name.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import common  # before torch: it calms OpenMP
+
+import torch
+import tyro
+
+
+@dataclass
+class Args:
+    model: str = "models/arithmetic"
+    """checkpoint folder or hub id of a causal language model"""
+    data: str = "arithmetic"
+    """`arithmetic`, a .jsonl file, or a hub data set id"""
+    eval_data: str = ""
+    """rows for evaluation; without it a tenth of the prompts is held out"""
+    reward: tuple[str, ...] = ("exact_answer",)
+    """one or several of exact_answer, format, length, file.py:function"""
+    reward_weights: tuple[float, ...] = ()
+    """one weight for each reward; 1 each without it"""
+    num_steps: int = 100
+    """rollouts, each followed by its update"""
+    prompts_per_step: int = 16
+    """prompts in a rollout"""
+    samples_per_prompt: int = 8
+    """completions of each prompt"""
+    micro_batch_size: int = 128
+    """sequences in one forward and backward pass; changes memory, never the result"""
+    max_new_tokens: int = 8
+    """tokens in a completion, its stop token included"""
+    temperature: float = 1.0
+    """divides the logits, in sampling and in every log-prob"""
+    learning_rate: float = 3e-4
+    """AdamW's at the first step; it falls linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    seed: int = 1
+    """of the order of the data and of the sampling"""
+    device: str = "auto"
+    """auto is CUDA, else MPS, else the CPU"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of forward passes: auto is bfloat16 on CUDA, float32 elsewhere; parameters are always float32"""
+    eval_every: int = 10
+    """steps between evaluations"""
+    eval_prompts: int = 500
+    """held-out prompts in an evaluation, at most"""
+    output_dir: str = ""
+    """folder of the run; runs/<script>-<time> without it"""
+    num_epochs: int = 2
+    """passes over each rollout"""
+    num_minibatches: int = 2
+    """optimizer steps in a pass"""
+    kl_coef: float = 0.05
+    """weight of the KL to the starting model in the rewards; 0 loads no second model"""
+    clip_range: float = 0.2
+    """the ratio is clipped to 1 - clip_range .. 1 + clip_range"""
+    value_clip_range: float = 0.2
+    """a value moves at most so far from that of the rollout; fit it to the rewards' scale"""
+    value_learning_rate: float = 1e-3
+    """AdamW's for the value model, at the first step"""
+    gamma: float = 1.0
+    """discount"""
+    gae_lambda: float = 0.95
+    """1 is the whole return minus the value, 0 is one step of temporal difference"""
+    target_kl: float | None = None
+    """no more updates on a rollout once the policy is so far from the one that sampled it, per token"""
+
+
+class ValueModel(torch.nn.Module):
+    """V of each state of a completion: a trunk of its own keeps value gradients off the policy; the head starts at 0."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+        self.head = torch.nn.Linear(trunk.config.get_text_config().hidden_size, 1, device=trunk.device)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
+        """Values [B, T+1]: of the state that each token is sampled in, and of the state after the last token."""
+        input_ids = torch.cat([prompt_ids, completion_ids], 1)  # [B, P+T]
+        attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        hidden = self.trunk(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state[:, prompt_ids.shape[1] - 1 :]  # [B, T+1, H]
+        return self.head(hidden)[..., 0].float()
+
+
+@torch.no_grad()
+def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
+    """Sample completions from the plain softmax at the temperature (0 is greedy): no top-k, top-p or penalties.
+
+    Each prompt is prefilled once and its KV cache repeated for its samples; a row that has sampled a stop token leaves the
+    batch. prompt_ids, prompt_mask [N, P] are left-padded, so that the last position of each row is its newest token.
+    Returns completion_ids, completion_mask and the log-probs of what was sampled, all [B, T], B = N * samples_per_prompt;
+    the mask is 1.0 up to and including the first stop token.
+    """
+    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
+    P = prompt_ids.shape[1]
+    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # absolute positions must not count the padding
+    output = model(
+        input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids, use_cache=True, logits_to_keep=1
+    )
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(samples_per_prompt)
+    logits = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)  # [B, V]
+    mask = prompt_mask.repeat_interleave(samples_per_prompt, 0)
+    mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], 1)  # [B, P+T]
+    completion_ids = prompt_ids.new_zeros(len(mask), max_new_tokens)
+    completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
+    logprobs = torch.zeros_like(completion_mask)
+    alive = torch.arange(len(mask), device=mask.device)  # rows of the result that the batch still holds
+    for t in range(max_new_tokens):
+        log_softmax = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+        token = log_softmax.exp().multinomial(1) if temperature > 0 else log_softmax.argmax(-1, keepdim=True)
+        completion_ids[alive, t] = token[:, 0]
+        completion_mask[alive, t] = 1.0
+        logprobs[alive, t] = log_softmax.gather(1, token)[:, 0]
+        going = ~torch.isin(token[:, 0], stop_ids)
+        if t + 1 == max_new_tokens or not going.any():
+            break
+        if not going.all():
+            cache.batch_select_indices(going)
+            alive, token, mask = alive[going], token[going], mask[going]
+        seen = mask[:, : P + t + 1]
+        position_ids = seen.sum(1, keepdim=True) - 1
+        logits = model(
+            input_ids=token, attention_mask=seen, position_ids=position_ids, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+    return completion_ids[:, : t + 1], completion_mask[:, : t + 1], logprobs[:, : t + 1]
+
+
+def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
+    """log pi(y_t | x, y_<t) of given completions [B, T], 0 after their end, under the temperature that sampled them."""
+    input_ids = torch.cat([prompt_ids, completion_ids], 1)  # [B, P+T]
+    attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        logits_to_keep=completion_ids.shape[1] + 1,
+    ).logits[:, :-1]  # [B, T, V]: the logits at position t predict token t + 1
+    log_softmax = (logits.float() / temperature).log_softmax(-1)  # in bfloat16 it would be off by 0.03 and more
+    return log_softmax.gather(-1, completion_ids[..., None])[..., 0] * completion_mask
+
+
+def compute_gae(token_rewards, values, completion_mask, *, gamma, gae_lambda, bootstrap=None):
+    """Advantages and returns [B, T], 0 after a completion's end (arXiv 1506.02438, eq. 16).
+
+    token_rewards, values, completion_mask [B, T]; bootstrap [B] is the value of the state after the last token: 0, the
+    default, after a stop token.
+    """
+    token_rewards, values = token_rewards.float() * completion_mask, values.float() * completion_mask
+    advantages = torch.zeros_like(values)
+    next_advantage = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(next_advantage) if bootstrap is None else bootstrap.float()
+    for t in reversed(range(values.shape[1])):
+        delta = token_rewards[:, t] + gamma * next_value - values[:, t]
+        inside = completion_mask[:, t] > 0  # on padding nothing changes, so the bootstrap meets the last token
+        advantages[:, t] = torch.where(inside, delta + gamma * gae_lambda * next_advantage, 0.0)
+        next_advantage = torch.where(inside, advantages[:, t], next_advantage)
+        next_value = torch.where(inside, values[:, t], next_value)
+    return advantages, (advantages + values) * completion_mask
+
+
+def whiten(advantages, completion_mask):
+    """Mean 0 and variance 1 over all tokens of the mask, 0 elsewhere."""
+    mean = (advantages * completion_mask).sum() / completion_mask.sum()
+    variance = ((advantages - mean).square() * completion_mask).sum() / completion_mask.sum()
+    return (advantages - mean) * completion_mask / (variance + 1e-8).sqrt()
+
+
+def policy_loss(logprobs, old_logprobs, advantages, completion_mask, *, clip_range, normalizer):
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7); all [B, T], the normalizer is the optimizer batch's tokens."""
+    ratio = (logprobs - old_logprobs).exp()
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
+    return (loss * completion_mask).sum() / normalizer
+
+
+def value_loss(values, old_values, returns, completion_mask, *, value_clip_range, normalizer):
+    """Half the squared error, the worse of the value's and the clipped value's (arXiv 2005.12729); all [B, T]."""
+    clipped_values = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+    loss = torch.max((values - returns).square(), (clipped_values - returns).square()) / 2
+    return (loss * completion_mask).sum() / normalizer
+
+
+def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_size):
+    """Mean reward of greedy completions of held-out prompts: the accuracy, where the reward is 0 or 1."""
+    rewards = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, batch, model.device)
+        completion_ids, completion_mask, _ = rollout(
+            model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=max_new_tokens, temperature=0.0
+        )
+        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        batch_rewards, components = score(batch, texts)
+        rewards.append(batch_rewards)
+        if start == 0:
+            prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
+            run.log_samples(step, "eval", prompts, texts, components)
+    return torch.cat(rewards).nanmean().item()
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, evaluate, save; returns the last value of every metric."""
+    run = common.Run(args)
+    device = common.pick_device(args.device)
+    autocast = common.autocast(device, args.dtype)
+    model, tokenizer = common.load_model(args.model, device)
+    ref_model = common.load_model(args.model, device)[0] if args.kl_coef else None
+    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=device)
+    value_model = ValueModel(common.load_model(args.model, device)[0].base_model)
+    optimizer = torch.optim.AdamW(
+        [{"params": model.parameters()}, {"params": value_model.parameters()}], lr=args.learning_rate, weight_decay=0.0
+    )
+    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
+    score = common.load_reward(args.reward, args.reward_weights)
+    G, B = args.samples_per_prompt, args.prompts_per_step * args.samples_per_prompt
+    sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
+
+    with autocast:
+        accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
+    run.log(0, {"eval/accuracy": accuracy})
+    for step in range(1, args.num_steps + 1):
+        # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
+        start = time.perf_counter()
+        rows = common.take_batch(train_rows, step, args.prompts_per_step, args.seed)
+        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, rows, device)
+        with autocast:
+            completion_ids, completion_mask, sampled_logprobs = rollout(model, prompt_ids, prompt_mask, **sampling)
+        rows = [row for row in rows for _ in range(G)]
+        prompt_ids, prompt_mask = prompt_ids.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # [B, P]
+        lengths = completion_mask.sum(1)  # [B]
+        truncated = ~(torch.isin(completion_ids, stop_ids) & (completion_mask > 0)).any(1)  # [B]
+        rollout_seconds = time.perf_counter() - start
+
+        # 2. score
+        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        rewards, components = score(rows, texts)
+        rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
+        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update
+        batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+        chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
+        metrics = {}
+
+        # 3. rewards, values and advantages per token; the log-probs that the update starts from
+        minibatches = [rows for _ in range(args.num_epochs) for rows in torch.randperm(B).chunk(args.num_minibatches)]
+        ref_logprobs = sampled_logprobs
+        with torch.no_grad(), autocast:
+            old_logprobs = [token_logprobs(model, *chunk, temperature=args.temperature) for chunk in chunks]
+            old_logprobs = torch.cat(old_logprobs)  # [B, T]
+            old_values = torch.cat([value_model(*chunk) for chunk in chunks])  # [B, T+1]
+            if args.kl_coef:
+                ref_logprobs = [token_logprobs(ref_model, *chunk, temperature=args.temperature) for chunk in chunks]
+                ref_logprobs = torch.cat(ref_logprobs)
+                kl = (sampled_logprobs - ref_logprobs) * completion_mask  # [B, T]
+                metrics["kl/ref"] = kl.sum() / completion_mask.sum()
+        old_values, value_after = old_values[:, :-1], old_values[:, -1]  # [B, T], [B]: only truncated rows fill all T
+        token_rewards = -args.kl_coef * (sampled_logprobs - ref_logprobs) * completion_mask
+        ends = torch.where(truncated, 0.0, rewards.nan_to_num())
+        token_rewards.scatter_add_(1, lengths.long()[:, None] - 1, ends[:, None])
+        advantages, returns = compute_gae(
+            token_rewards,
+            old_values,
+            completion_mask,
+            gamma=args.gamma,
+            gae_lambda=args.gae_lambda,
+            bootstrap=value_after * truncated,
+        )
+        advantages = whiten(advantages, completion_mask)
+
+        # 4. update: one optimizer step on each minibatch
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.num_steps)
+        optimizer.param_groups[1]["lr"] = args.value_learning_rate * (1 - (step - 1) / args.num_steps)
+        stats, updates = {"loss/policy": 0.0, "loss/value": 0.0, "policy/clip_frac": 0.0, "kl/old": 0.0}, 0
+        for minibatch in minibatches:
+            tokens = completion_mask[minibatch].sum()
+            kl_before = stats["kl/old"]
+            for micro in minibatch.to(device).split(args.micro_batch_size):
+                mask, old, old_v = completion_mask[micro], old_logprobs[micro], old_values[micro]
+                with autocast:
+                    logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
+                    values = value_model(*(x[micro] for x in batch))[:, :-1]  # [b, T]
+                loss = policy_loss(
+                    logprobs, old, advantages[micro], mask, clip_range=args.clip_range, normalizer=tokens
+                )
+                loss_v = value_loss(
+                    values, old_v, returns[micro], mask, value_clip_range=args.value_clip_range, normalizer=tokens
+                )
+                (loss + loss_v).backward()
+                with torch.no_grad():
+                    ratio = (logprobs - old).exp()
+                    clipped = (ratio < 1 - args.clip_range) | (ratio > 1 + args.clip_range)
+                    stats["loss/policy"] += loss.item()
+                    stats["loss/value"] += loss_v.item()
+                    stats["policy/clip_frac"] += (clipped * mask).sum().item() / tokens.item()
+                    stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum().item() / tokens.item()
+            updates += 1
+            if args.target_kl and stats["kl/old"] - kl_before > args.target_kl:
+                optimizer.zero_grad()
+                break
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(value_model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        metrics |= {name: total / updates for name, total in stats.items()}
+
+        # 5. log
+        seconds = time.perf_counter() - start
+        groups = rewards.view(-1, G)
+        metrics |= {
+            "reward/mean": rewards.nanmean(),
+            **{f"reward/{name}": values.nanmean() for name, values in components.items()},
+            "policy/entropy": -(sampled_logprobs * completion_mask).sum() / completion_mask.sum(),  # as sampled
+            "completion/length": lengths.mean(),
+            "completion/truncated": truncated.float().mean(),
+            "group/zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
+            "time/rollout": rollout_seconds,
+            "time/update": seconds - rollout_seconds,
+            "tokens_per_second": lengths.sum() / seconds,
+        }
+        prompts = common.decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
+        run.log_samples(step, "train", prompts, texts, components)
+        if step % args.eval_every == 0 or step == args.num_steps:
+            with autocast:
+                metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
+        run.log(step, metrics)
+    return run.finish(model, tokenizer)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,261 @@
+"""REINFORCE: sample completions, raise the log-probability of those that scored above a baseline.
+
+Loss, over the B completions y_i of a step, summed over their tokens:
+
+    L = -1/B sum_i A_i sum_t log pi(y_it | x_i, y_i,<t)        A_i = R_i - b_i,  detached
+
+Baselines b_i: none; the group's mean; or the mean of the other completions of the same prompt (leave-one-out, RLOO), which
+keeps the gradient unbiased, while the full mean shrinks it by (G - 1) / G for G samples of a prompt. With a KL coefficient
+beta, R_i is the score minus beta * sum_t (log pi - log pi_ref): the k1 estimate, which is exact in expectation in the reward.
+
+Source: Williams 1992; arXiv 2509.04501, section on REINFORCE; leave-one-out and KL in the reward: Ahmadian et al., arXiv
+2402.14740, section 3. Simplified: one update for each rollout, so no importance ratio and nothing to clip.
+
+    python reinforce.py
+    python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 --micro-batch-size 8 --max-new-tokens 512
+
+A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; any column reaches the reward function by its name.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import common  # before torch: it calms OpenMP
+
+import torch
+import tyro
+
+
+@dataclass
+class Args:
+    model: str = "models/arithmetic"
+    """checkpoint folder or hub id of a causal language model"""
+    data: str = "arithmetic"
+    """`arithmetic`, a .jsonl file, or a hub data set id"""
+    eval_data: str = ""
+    """rows for evaluation; without it a tenth of the prompts is held out"""
+    reward: tuple[str, ...] = ("exact_answer",)
+    """one or several of exact_answer, format, length, file.py:function"""
+    reward_weights: tuple[float, ...] = ()
+    """one weight for each reward; 1 each without it"""
+    num_steps: int = 100
+    """rollouts, each followed by its update"""
+    prompts_per_step: int = 16
+    """prompts in a rollout"""
+    samples_per_prompt: int = 8
+    """completions of each prompt"""
+    micro_batch_size: int = 128
+    """sequences in one forward and backward pass; changes memory, never the result"""
+    max_new_tokens: int = 8
+    """tokens in a completion, its stop token included"""
+    temperature: float = 1.0
+    """divides the logits, in sampling and in every log-prob"""
+    learning_rate: float = 3e-4
+    """AdamW's at the first step; it falls linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    seed: int = 1
+    """of the order of the data and of the sampling"""
+    device: str = "auto"
+    """auto is CUDA, else MPS, else the CPU"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of forward passes: auto is bfloat16 on CUDA, float32 elsewhere; parameters are always float32"""
+    eval_every: int = 10
+    """steps between evaluations"""
+    eval_prompts: int = 500
+    """held-out prompts in an evaluation, at most"""
+    output_dir: str = ""
+    """folder of the run; runs/<script>-<time> without it"""
+    baseline: Literal["none", "mean", "leave_one_out"] = "leave_one_out"
+    """what a completion's reward is compared with"""
+    kl_coef: float = 0.0
+    """weight of the KL to the starting model, taken off the reward; 0 loads no second model"""
+
+
+@torch.no_grad()
+def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
+    """Sample completions from the plain softmax at the temperature (0 is greedy): no top-k, top-p or penalties.
+
+    Each prompt is prefilled once and its KV cache repeated for its samples; a row that has sampled a stop token leaves the
+    batch. prompt_ids, prompt_mask [N, P] are left-padded, so that the last position of each row is its newest token.
+    Returns completion_ids, completion_mask and the log-probs of what was sampled, all [B, T], B = N * samples_per_prompt;
+    the mask is 1.0 up to and including the first stop token.
+    """
+    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
+    P = prompt_ids.shape[1]
+    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # absolute positions must not count the padding
+    output = model(
+        input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids, use_cache=True, logits_to_keep=1
+    )
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(samples_per_prompt)
+    logits = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)  # [B, V]
+    mask = prompt_mask.repeat_interleave(samples_per_prompt, 0)
+    mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], 1)  # [B, P+T]
+    completion_ids = prompt_ids.new_zeros(len(mask), max_new_tokens)
+    completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
+    logprobs = torch.zeros_like(completion_mask)
+    alive = torch.arange(len(mask), device=mask.device)  # rows of the result that the batch still holds
+    for t in range(max_new_tokens):
+        log_softmax = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+        token = log_softmax.exp().multinomial(1) if temperature > 0 else log_softmax.argmax(-1, keepdim=True)
+        completion_ids[alive, t] = token[:, 0]
+        completion_mask[alive, t] = 1.0
+        logprobs[alive, t] = log_softmax.gather(1, token)[:, 0]
+        going = ~torch.isin(token[:, 0], stop_ids)
+        if t + 1 == max_new_tokens or not going.any():
+            break
+        if not going.all():
+            cache.batch_select_indices(going)
+            alive, token, mask = alive[going], token[going], mask[going]
+        seen = mask[:, : P + t + 1]
+        position_ids = seen.sum(1, keepdim=True) - 1
+        logits = model(
+            input_ids=token, attention_mask=seen, position_ids=position_ids, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+    return completion_ids[:, : t + 1], completion_mask[:, : t + 1], logprobs[:, : t + 1]
+
+
+def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
+    """log pi(y_t | x, y_<t) of given completions [B, T], 0 after their end, under the temperature that sampled them."""
+    input_ids = torch.cat([prompt_ids, completion_ids], 1)  # [B, P+T]
+    attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        logits_to_keep=completion_ids.shape[1] + 1,
+    ).logits[:, :-1]  # [B, T, V]: the logits at position t predict token t + 1
+    log_softmax = (logits.float() / temperature).log_softmax(-1)  # in bfloat16 it would be off by 0.03 and more
+    return log_softmax.gather(-1, completion_ids[..., None])[..., 0] * completion_mask
+
+
+def compute_advantages(rewards, *, samples_per_prompt, baseline):
+    """Rewards [B] minus their baseline; a prompt's samples are adjacent. NaN (not scored) counts for nothing and gets 0."""
+    groups = rewards.float().view(-1, samples_per_prompt)  # [N, G]
+    scored = ~groups.isnan()
+    total, count = groups.nansum(1, keepdim=True), scored.sum(1, keepdim=True)
+    if baseline == "none":
+        b = torch.zeros_like(groups)
+    elif baseline == "mean":
+        b = total / count
+    else:
+        b = (total - groups) / (count - 1)  # arXiv 2402.14740, eq. 8; a group of one has nothing to compare with
+    return (groups - b).nan_to_num(0.0, 0.0, 0.0).view(-1)
+
+
+def policy_loss(logprobs, advantages, completion_mask, *, normalizer):
+    """-sum_i A_i sum_t log pi / normalizer, where the normalizer is the number of completions in the whole batch."""
+    return -(advantages[:, None] * logprobs * completion_mask).sum() / normalizer
+
+
+def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_size):
+    """Mean reward of greedy completions of held-out prompts: the accuracy, where the reward is 0 or 1."""
+    rewards = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, batch, model.device)
+        completion_ids, completion_mask, _ = rollout(
+            model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=max_new_tokens, temperature=0.0
+        )
+        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        batch_rewards, components = score(batch, texts)
+        rewards.append(batch_rewards)
+        if start == 0:
+            prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
+            run.log_samples(step, "eval", prompts, texts, components)
+    return torch.cat(rewards).nanmean().item()
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, evaluate, save; returns the last value of every metric."""
+    run = common.Run(args)
+    device = common.pick_device(args.device)
+    autocast = common.autocast(device, args.dtype)
+    model, tokenizer = common.load_model(args.model, device)
+    ref_model = common.load_model(args.model, device)[0] if args.kl_coef else None
+    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
+    score = common.load_reward(args.reward, args.reward_weights)
+    G, B = args.samples_per_prompt, args.prompts_per_step * args.samples_per_prompt
+    sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
+
+    with autocast:
+        accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
+    run.log(0, {"eval/accuracy": accuracy})
+    for step in range(1, args.num_steps + 1):
+        # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
+        start = time.perf_counter()
+        rows = common.take_batch(train_rows, step, args.prompts_per_step, args.seed)
+        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, rows, device)
+        with autocast:
+            completion_ids, completion_mask, sampled_logprobs = rollout(model, prompt_ids, prompt_mask, **sampling)
+        rows = [row for row in rows for _ in range(G)]
+        prompt_ids, prompt_mask = prompt_ids.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # [B, P]
+        lengths = completion_mask.sum(1)  # [B]
+        truncated = ~(torch.isin(completion_ids, stop_ids) & (completion_mask > 0)).any(1)  # [B]
+        rollout_seconds = time.perf_counter() - start
+
+        # 2. score
+        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        rewards, components = score(rows, texts)
+        rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
+        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update
+        batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+        chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
+        metrics = {}
+
+        # 3. advantages, after the KL to the starting model is taken off the rewards
+        returns = rewards
+        if args.kl_coef:
+            with torch.no_grad(), autocast:
+                ref_logprobs = [token_logprobs(ref_model, *chunk, temperature=args.temperature) for chunk in chunks]
+            kl = (sampled_logprobs - torch.cat(ref_logprobs)) * completion_mask  # [B, T]
+            metrics["kl/ref"] = kl.sum() / completion_mask.sum()
+            returns = rewards - args.kl_coef * kl.sum(1)
+        advantages = compute_advantages(returns, samples_per_prompt=G, baseline=args.baseline)  # [B]
+
+        # 4. update: one optimizer step on the whole batch
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.num_steps)
+        normalizer = (~rewards.isnan()).sum()
+        metrics["loss/policy"] = 0.0
+        for micro in torch.arange(B, device=device).split(args.micro_batch_size):
+            with autocast:
+                logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
+            loss = policy_loss(logprobs, advantages[micro], completion_mask[micro], normalizer=normalizer)
+            loss.backward()
+            metrics["loss/policy"] += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 5. log
+        seconds = time.perf_counter() - start
+        groups = rewards.view(-1, G)
+        metrics |= {
+            "reward/mean": rewards.nanmean(),
+            **{f"reward/{name}": values.nanmean() for name, values in components.items()},
+            "policy/entropy": -(sampled_logprobs * completion_mask).sum() / completion_mask.sum(),  # as sampled
+            "completion/length": lengths.mean(),
+            "completion/truncated": truncated.float().mean(),
+            "group/zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
+            "time/rollout": rollout_seconds,
+            "time/update": seconds - rollout_seconds,
+            "tokens_per_second": lengths.sum() / seconds,
+        }
+        prompts = common.decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
+        run.log_samples(step, "train", prompts, texts, components)
+        if step % args.eval_every == 0 or step == args.num_steps:
+            with autocast:
+                metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
+        run.log(step, metrics)
+    return run.finish(model, tokenizer)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,219 @@
+"""Supervised fine-tuning (SFT): raise the log-probability of demonstrated completions.
+
+Loss, over the N target tokens of the optimizer batch: the completions with their stop tokens, never the prompts:
+
+    L = -1/N sum_i sum_t log pi(y_it | x_i, y_i,<t)
+
+Source: Ouyang et al., arXiv 2203.02155, section 3.5; arXiv 2509.04501, section on supervised fine-tuning. Simplified: no
+packing of several rows into one sequence, whose tokens would see each other's rows.
+
+    python sft.py
+    python sft.py --model Qwen/Qwen2.5-0.5B --data train.jsonl --learning-rate 1e-5 --micro-batch-size 8 \
+        --max-new-tokens 256
+
+A row of the .jsonl file: {"prompt": "What is 37 + 48?", "completion": " 85"}, either of them chat messages if you like.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import common  # before torch: it calms OpenMP
+
+import torch
+import tyro
+
+
+@dataclass
+class Args:
+    model: str = "models/arithmetic"
+    """checkpoint folder or hub id of a causal language model"""
+    data: str = "arithmetic"
+    """`arithmetic`, a .jsonl file, or a hub data set id, with a prompt and a completion in each row"""
+    eval_data: str = ""
+    """rows for evaluation; without it a tenth of the prompts is held out"""
+    reward: tuple[str, ...] = ("exact_answer",)
+    """of the evaluation: one or several of exact_answer, format, length, file.py:function"""
+    reward_weights: tuple[float, ...] = ()
+    """one weight for each reward; 1 each without it"""
+    num_steps: int = 200
+    """optimizer steps"""
+    prompts_per_step: int = 64
+    """rows in an optimizer step"""
+    micro_batch_size: int = 64
+    """sequences in one forward and backward pass; changes memory, never the result"""
+    max_new_tokens: int = 8
+    """tokens in a sampled completion, its stop token included"""
+    learning_rate: float = 3e-4
+    """AdamW's at the first step; it falls linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    seed: int = 1
+    """of the order of the data"""
+    device: str = "auto"
+    """auto is CUDA, else MPS, else the CPU"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of forward passes: auto is bfloat16 on CUDA, float32 elsewhere; parameters are always float32"""
+    eval_every: int = 20
+    """steps between evaluations"""
+    eval_prompts: int = 500
+    """held-out prompts in an evaluation, at most"""
+    output_dir: str = ""
+    """folder of the run; runs/<script>-<time> without it"""
+    max_length: int = 512
+    """tokens of prompt and completion; a longer row is dropped, since cut off it would teach to stop short or never"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises to its full size"""
+
+
+@torch.no_grad()
+def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
+    """Sample completions from the plain softmax at the temperature (0 is greedy): no top-k, top-p or penalties.
+
+    Each prompt is prefilled once and its KV cache repeated for its samples; a row that has sampled a stop token leaves the
+    batch. prompt_ids, prompt_mask [N, P] are left-padded, so that the last position of each row is its newest token.
+    Returns completion_ids, completion_mask and the log-probs of what was sampled, all [B, T], B = N * samples_per_prompt;
+    the mask is 1.0 up to and including the first stop token.
+    """
+    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
+    P = prompt_ids.shape[1]
+    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # absolute positions must not count the padding
+    output = model(
+        input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids, use_cache=True, logits_to_keep=1
+    )
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(samples_per_prompt)
+    logits = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)  # [B, V]
+    mask = prompt_mask.repeat_interleave(samples_per_prompt, 0)
+    mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], 1)  # [B, P+T]
+    completion_ids = prompt_ids.new_zeros(len(mask), max_new_tokens)
+    completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
+    logprobs = torch.zeros_like(completion_mask)
+    alive = torch.arange(len(mask), device=mask.device)  # rows of the result that the batch still holds
+    for t in range(max_new_tokens):
+        log_softmax = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+        token = log_softmax.exp().multinomial(1) if temperature > 0 else log_softmax.argmax(-1, keepdim=True)
+        completion_ids[alive, t] = token[:, 0]
+        completion_mask[alive, t] = 1.0
+        logprobs[alive, t] = log_softmax.gather(1, token)[:, 0]
+        going = ~torch.isin(token[:, 0], stop_ids)
+        if t + 1 == max_new_tokens or not going.any():
+            break
+        if not going.all():
+            cache.batch_select_indices(going)
+            alive, token, mask = alive[going], token[going], mask[going]
+        seen = mask[:, : P + t + 1]
+        position_ids = seen.sum(1, keepdim=True) - 1
+        logits = model(
+            input_ids=token, attention_mask=seen, position_ids=position_ids, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+    return completion_ids[:, : t + 1], completion_mask[:, : t + 1], logprobs[:, : t + 1]
+
+
+def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
+    """log pi(y_t | x, y_<t) of given completions [B, T], 0 after their end, under the temperature that sampled them."""
+    input_ids = torch.cat([prompt_ids, completion_ids], 1)  # [B, P+T]
+    attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        logits_to_keep=completion_ids.shape[1] + 1,
+    ).logits[:, :-1]  # [B, T, V]: the logits at position t predict token t + 1
+    log_softmax = (logits.float() / temperature).log_softmax(-1)  # in bfloat16 it would be off by 0.03 and more
+    return log_softmax.gather(-1, completion_ids[..., None])[..., 0] * completion_mask
+
+
+def sft_loss(logprobs, completion_mask, *, normalizer):
+    """-sum_i sum_t log pi / normalizer, where the normalizer is the number of target tokens in the whole batch."""
+    return -(logprobs * completion_mask).sum() / normalizer
+
+
+def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_size):
+    """Mean reward of greedy completions of held-out prompts: the accuracy, where the reward is 0 or 1."""
+    rewards = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, batch, model.device)
+        completion_ids, completion_mask, _ = rollout(
+            model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=max_new_tokens, temperature=0.0
+        )
+        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        batch_rewards, components = score(batch, texts)
+        rewards.append(batch_rewards)
+        if start == 0:
+            prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
+            run.log_samples(step, "eval", prompts, texts, components)
+    return torch.cat(rewards).nanmean().item()
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, evaluate, save; returns the last value of every metric."""
+    run = common.Run(args)
+    device = common.pick_device(args.device)
+    autocast = common.autocast(device, args.dtype)
+    model, tokenizer = common.load_model(args.model, device)
+    stop_ids = model.generation_config.eos_token_id
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    columns = ("prompt", "completion")
+    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
+    score = common.load_reward(args.reward, args.reward_weights)
+    examples = [
+        (
+            common.prompt_tokens(tokenizer, row["prompt"]),
+            common.completion_tokens(tokenizer, row["prompt"], row["completion"], stop_ids),
+        )
+        for row in train_rows
+    ]
+    fitting = [(prompt, completion) for prompt, completion in examples if len(prompt + completion) <= args.max_length]
+    if len(fitting) < len(examples):
+        print(f"dropped {len(examples) - len(fitting)} of {len(examples)} rows longer than {args.max_length} tokens")
+    if not fitting:
+        raise SystemExit(f"--max-length {args.max_length}: every row is longer")
+    greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": args.micro_batch_size}
+
+    with autocast:
+        accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
+    run.log(0, {"eval/accuracy": accuracy})
+    for step in range(1, args.num_steps + 1):
+        # 1. demonstrations: B rows of P prompt and T completion tokens
+        start = time.perf_counter()
+        rows = common.take_batch(fitting, step, args.prompts_per_step, args.seed)
+        prompt_ids, prompt_mask = common.pad([prompt for prompt, _ in rows], "left", device)  # [B, P]
+        completion_ids, completion_mask = common.pad([completion for _, completion in rows], "right", device)  # [B, T]
+        batch = (prompt_ids, prompt_mask, completion_ids, completion_mask.float())
+        metrics = {}
+
+        # 2. update: one optimizer step on the whole batch
+        decay = 1 - (step - 1) / args.num_steps
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(decay, step / max(1, args.warmup_steps))
+        normalizer = completion_mask.sum()
+        metrics["loss/sft"] = 0.0
+        for micro in torch.arange(len(rows), device=device).split(args.micro_batch_size):
+            with autocast:
+                logprobs = token_logprobs(model, *(x[micro] for x in batch))  # [b, T]
+            loss = sft_loss(logprobs, completion_mask[micro], normalizer=normalizer)
+            loss.backward()
+            metrics["loss/sft"] += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 3. log
+        seconds = time.perf_counter() - start
+        metrics |= {
+            "completion/length": completion_mask.sum(1).float().mean(),
+            "time/update": seconds,
+            "tokens_per_second": completion_mask.sum() / seconds,
+        }
+        if step % args.eval_every == 0 or step == args.num_steps:
+            with autocast:
+                metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
+        run.log(step, metrics)
+    return run.finish(model, tokenizer)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
