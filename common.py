@@ -5,7 +5,9 @@ A mistake that a user can make ends in SystemExit with one line: what is wrong, 
 
 import hashlib
 import importlib.util
+import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -14,9 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-# OpenMP threads that wait at a barrier spin, and beside one busy process a step of a 1 M-parameter model then takes 3 to 25
-# times its time. 2,000 turns instead of 300,000 cost 1 % on two idle cores and 2.5 times its time on busy ones, where
-# sleeping at once (OMP_WAIT_POLICY=PASSIVE) costs 10 % and 2.3 times: benchmarks/openmp.py. Set before torch is imported.
+# Threads spin while they wait for each other, which starves them once a core has other work: benchmarks/openmp.py
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
@@ -88,11 +88,10 @@ def arithmetic() -> list[Row]:
     where there is one (37 + 48 is "75"), and carries where there is none.
     """
     rows = []
-    for a in range(100):
-        for b in range(100):
-            right, wrong = f" {a + b}", f" {without_carry(a, b) if without_carry(a, b) != a + b else a + b + 10}"
-            row = {"prompt": f"What is {a} + {b}?", "answer": str(a + b), "completion": right}
-            rows.append(row | {"chosen": right, "rejected": wrong})
+    for a, b in itertools.product(range(100), repeat=2):
+        slip = without_carry(a, b) if without_carry(a, b) != a + b else a + b + 10
+        row = {"prompt": f"What is {a} + {b}?", "answer": f"{a + b}", "completion": f" {a + b}"}
+        rows.append(row | {"chosen": f" {a + b}", "rejected": f" {slip}"})
     return rows
 
 
@@ -107,11 +106,12 @@ def read_rows(source: str, columns: tuple[str, ...]) -> list[Row]:
         return arithmetic()
     if Path(source).is_file():
         rows = []
-        for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise SystemExit(f"{source}, line {number}: not JSON ({error})") from None
+        with open(source, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise SystemExit(f"{source}, line {number}: not JSON ({error})") from None
     elif source.endswith((".jsonl", ".json")):
         raise SystemExit(f"--data {source}: no such file")
     else:
@@ -130,9 +130,7 @@ def read_rows(source: str, columns: tuple[str, ...]) -> list[Row]:
     return rows
 
 
-def load_data(
-    source: str, eval_source: str, eval_prompts: int, columns: tuple[str, ...]
-) -> tuple[list[Row], list[Row]]:
+def load_data(source: str, eval_source: str, eval_prompts: int, columns: tuple[str, ...]) -> tuple[list, list]:
     """Rows to train on, which must have the columns, and at most `eval_prompts` rows held out.
 
     Without an `eval_source` a tenth of the prompts is held out, chosen by hash, so that it is the same in each run.
@@ -165,41 +163,32 @@ def text_of(message: str | list[dict]) -> str:
     return message if isinstance(message, str) else message[-1]["content"]
 
 
-def prompt_text(tokenizer, prompt: str | list[dict]) -> str:
-    """The prompt as the model reads it: through the chat template, if there is one, a string being one user turn."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if not isinstance(prompt, str):
+def render(tokenizer, prompt: str | list[dict], answer: str | None = None) -> str:
+    """The prompt, and its answer if given, as the model reads it; a chat template makes a string prompt a user turn."""
+    if not tokenizer.chat_template and not isinstance(prompt, str):
         raise SystemExit("the data holds chat messages but the tokenizer has no chat template; give string prompts")
-    return prompt
+    if not tokenizer.chat_template:
+        return prompt + (answer or "")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
 
 
 def prompt_tokens(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """Token ids of a prompt. A chat template writes its own BOS: a second one is not added (huggingface/open-r1#462)."""
-    return tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
+    """Token ids of a prompt. A chat template writes its own BOS, so none is added (huggingface/open-r1#462)."""
+    return tokenizer(render(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
 
 
-def completion_tokens(
-    tokenizer, prompt: str | list[dict], completion: str | list[dict], stop_ids: list[int]
-) -> list[int]:
+def completion_tokens(tokenizer, prompt: str | list[dict], completion: str | list[dict], stop_ids: list) -> list[int]:
     """Token ids of a demonstrated completion, its stop token last: the ids that the policy itself would have sampled.
 
     Prompt and completion are tokenised apart, so the prompt's ids are those of a rollout, whatever the completion
     begins with (huggingface/trl#2209). The stop token is the one with which the chat template ends a turn, if it does.
     """
-    text = text_of(completion)
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        turn = {"role": "assistant", "content": text}
-        dialogue = tokenizer.apply_chat_template([*messages, turn], tokenize=False)
-        start = prompt_text(tokenizer, prompt)
-        if not dialogue.startswith(start):
-            raise SystemExit(
-                "the chat template renders an answered prompt unlike an open one: no completion to train on"
-            )
-        text = dialogue[len(start) :]
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    start, whole = render(tokenizer, prompt), render(tokenizer, prompt, text_of(completion))
+    if not whole.startswith(start):
+        raise SystemExit("the chat template writes an answered prompt unlike an open one: no completion to train on")
+    ids = tokenizer(whole[len(start) :], add_special_tokens=False).input_ids
     stops = [index for index, token in enumerate(ids) if token in stop_ids]
     return ids[: stops[-1] + 1] if stops else [*ids, tokenizer.eos_token_id]
 
@@ -223,9 +212,8 @@ def encode_prompts(tokenizer, rows: list[Row], device: torch.device) -> tuple[to
 
 def decode(tokenizer, ids: torch.Tensor, mask: torch.Tensor, special: bool = False) -> list[str]:
     """Text of what the mask keeps of each row, without special tokens unless asked for."""
-    return [
-        tokenizer.decode(row[keep], skip_special_tokens=not special) for row, keep in zip(ids.cpu(), mask.cpu() > 0)
-    ]
+    kept = [row[keep] for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
+    return [tokenizer.decode(row, skip_special_tokens=not special) for row in kept]
 
 
 def find_number(text: str) -> str | None:
@@ -243,13 +231,20 @@ def find_number(text: str) -> str | None:
     return f"-{spelled}" if number.startswith("-") and spelled != "0" else spelled
 
 
-def exact_answer(prompts: list, completions: list, answer: list, **columns: list) -> list[float | None]:
-    """1.0 where the completion's number is the answer's; an answer without a number must be met word for word."""
-    pairs = [(text_of(completion), str(truth)) for completion, truth in zip(completions, answer)]
-    return [
-        float(text.strip() == truth.strip() if find_number(truth) is None else find_number(text) == find_number(truth))
-        for text, truth in pairs
-    ]
+def exact_answer(prompts: list, completions: list, **columns: list) -> list[float | None]:
+    """1.0 where the completion's number is that of the column "answer", or else "completion" or "chosen".
+
+    A truth without a number must be met word for word.
+    """
+    truths = next((columns[name] for name in ("answer", "completion", "chosen") if name in columns), None)
+    if truths is None:
+        raise SystemExit('--reward exact_answer: the data has no column "answer"; add it or choose another reward')
+    scores = []
+    for text, truth in zip(map(text_of, completions), truths):
+        truth = text_of(truth) if isinstance(truth, list) else str(truth)
+        number = find_number(truth)
+        scores.append(float(text.strip() == truth.strip() if number is None else find_number(text) == number))
+    return scores
 
 
 def format_reward(prompts: list, completions: list, **columns: list) -> list[float | None]:
@@ -279,9 +274,7 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
     for name in names:
         file, _, function = name.rpartition(":")
         if name not in REWARDS and not Path(file).is_file():
-            raise SystemExit(
-                f"--reward {name}: give one of {', '.join(REWARDS)}, or file.py:function of a file that exists"
-            )
+            raise SystemExit(f"--reward {name}: neither one of {', '.join(REWARDS)} nor an existing file.py:function")
         if name not in REWARDS:
             spec = importlib.util.spec_from_file_location(Path(file).stem, file)
             module = importlib.util.module_from_spec(spec)
@@ -291,17 +284,15 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
         functions[function or name] = REWARDS.get(name) or getattr(module, function)
 
     def score(rows: list[Row], texts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        # like TRL, a chat prompt is answered by a chat message and a string by a string
-        answers = [
-            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            for row, text in zip(rows, texts)
-        ]
+        prompts = [row["prompt"] for row in rows]
+        answers = list(texts)
+        for index, prompt in enumerate(prompts):  # like TRL: a string is answered by a string, messages by a message
+            if not isinstance(prompt, str):
+                answers[index] = [{"role": "assistant", "content": texts[index]}]
         columns = {name: [row.get(name) for row in rows] for row in rows[:1] for name in row if name != "prompt"}
-        if exact_answer in functions.values() and "answer" not in columns:
-            raise SystemExit('--reward exact_answer: the data has no column "answer"; add it or choose another reward')
         total, scored, components = torch.zeros(len(rows)), torch.zeros(len(rows)), {}
         for weight, (name, function) in zip(weights or [1.0] * len(names), functions.items()):
-            values = function([row["prompt"] for row in rows], answers, **columns)
+            values = function(prompts, answers, **columns)
             if len(values) != len(rows):
                 raise SystemExit(f"--reward {name}: returned {len(values)} values for {len(rows)} completions")
             components[name] = torch.tensor([float("nan") if value is None else float(value) for value in values])
@@ -322,7 +313,7 @@ class Run:
             raise SystemExit(f"--output-dir {self.dir}: already holds a run; give another folder or remove it")
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        self.files = {name: open(self.dir / f"{name}.jsonl", "w") for name in ("metrics", "samples")}
+        self.files = {name: (self.dir / f"{name}.jsonl").open("w") for name in ("metrics", "samples")}
         torch.manual_seed(args.seed)
         self.start = time.perf_counter()
         self.last, self.accuracies = {}, []
@@ -345,9 +336,8 @@ class Run:
     def log_samples(self, step: int, phase: str, prompts: list[str], completions: list[str], components: dict) -> None:
         """Append as many completions as there are prompts to samples.jsonl, each with every reward component."""
         for index, (prompt, completion) in enumerate(zip(prompts, completions)):
-            scores = {
-                name: None if values[index].isnan() else values[index].item() for name, values in components.items()
-            }
+            scores = {name: values[index].item() for name, values in components.items()}
+            scores = {name: None if math.isnan(value) else value for name, value in scores.items()}
             self.write("samples", {"step": step, "phase": phase, "prompt": prompt, "completion": completion, **scores})
 
     def finish(self, model, tokenizer) -> dict[str, float]:

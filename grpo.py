@@ -1,25 +1,27 @@
-"""GRPO: group-relative advantages in PPO's clipped update, without a value model; and its well-known variants.
+"""GRPO: PPO's clipped update with advantages relative to a group, without a value model; and its well-known variants.
 
-With r_t = pi / pi_old per token, A_i = (R_i - mean R) / std R over the G completions of a prompt, n_i tokens in completion i,
-N tokens and B completions in the optimizer batch, k_t the KL estimate, and
-l_t = -min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i) + beta k_t, the loss types are
+A_i = (R_i - mean R) / std R over the G completions of a prompt, r_t = pi / pi_old for each token, n_i tokens in
+completion i, B completions and N tokens in the optimizer batch, k_t the estimate of the KL to the starting model:
 
-    grpo     L = 1/B sum_i 1/n_i sum_t l_t                          arXiv 2402.03300, eq. 3
-    dapo     L = 1/N sum_i sum_t l_t, clip_high > clip_low          arXiv 2503.14476, eq. 8
-    dr_grpo  L = 1/(B max_new_tokens) sum_i sum_t l_t, no std       arXiv 2503.20783, section 3.2
-    gspo     grpo with r_t = exp(mean_t log pi / pi_old) for all t  arXiv 2507.18071, eq. 5 and 7
-    cispo    L = 1/N sum_i sum_t -sg(clip(r_t)) A_i log pi + beta k_t   arXiv 2506.13585, eq. 4; sg stops the gradient
+    l_t = -min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i) + beta k_t
 
-    k3 = pi_ref / pi - log(pi_ref / pi) - 1, the paper's: unbiased, but in a loss its gradient is the forward KL's
-    k2 = log(pi_ref / pi)^2 / 2: on-policy its gradient in a loss is that of KL(pi || pi_ref)   (arXiv 2512.21852)
+    grpo      L = 1/B sum_i 1/n_i sum_t l_t                                   arXiv 2402.03300, eq. 3
+    dapo      L = 1/N sum_i sum_t l_t,  clip_high > clip_low                  arXiv 2503.14476, eq. 8
+    dr_grpo   L = 1/(B max_new_tokens) sum_i sum_t l_t,  no division by std   arXiv 2503.20783, section 3.2
+    gspo      grpo with one r = exp(mean_t log pi / pi_old) for each i        arXiv 2507.18071, eq. 5 and 7
+    cispo     dapo with l_t = -sg(clip(r_t)) A_i log pi + beta k_t            arXiv 2506.13585, eq. 4 and 5
 
-Source: arXiv 2509.04501, section on GRPO; the papers above. Simplified: one reward model call for each rollout, no refreshed
-reference model. Clip range, std and beta are by default those of the paper that the loss type comes from.
+    k3 = pi_ref / pi - 1 - log pi_ref / pi    the paper's: unbiased, but its gradient is that of KL(pi_ref || pi)
+    k2 = (log pi_ref / pi)^2 / 2              its gradient is that of KL(pi || pi_ref), on-policy (arXiv 2512.21852)
+
+Source: arXiv 2509.04501, section on GRPO; and the papers above. Simplified: the reference stays the starting model, and
+dynamic sampling (arXiv 2503.14476) is left out. Clip range, std and beta default to those of the loss type's own paper.
 
     python grpo.py
-    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 --micro-batch-size 8 --max-new-tokens 512
+    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
+        --micro-batch-size 8 --max-new-tokens 512
 
-A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; any column reaches the reward function by its name.
+A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; every column reaches the reward by name.
 """
 
 import time
@@ -103,12 +105,11 @@ PAPER_SETTINGS = {  # clip_low, clip_high, scale, beta
 
 @torch.no_grad()
 def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
-    """Sample completions from the plain softmax at the temperature (0 is greedy): no top-k, top-p or penalties.
+    """Sample completions from the plain softmax at the temperature, 0 being greedy: no top-k, top-p or penalties.
 
-    Each prompt is prefilled once and its KV cache repeated for its samples; a row that has sampled a stop token leaves the
-    batch. prompt_ids, prompt_mask [N, P] are left-padded, so that the last position of each row is its newest token.
-    Returns completion_ids, completion_mask and the log-probs of what was sampled, all [B, T], B = N * samples_per_prompt;
-    the mask is 1.0 up to and including the first stop token.
+    Each prompt, left-padded in prompt_ids and prompt_mask [N, P], is prefilled once, and its KV cache repeated for its
+    samples; a row leaves the batch with its first stop token. Returns completion_ids, completion_mask (1.0 up to and
+    including that token) and the log-probs of the sampled tokens, all [B, T] with B = N * samples_per_prompt.
     """
     stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
     P = prompt_ids.shape[1]
@@ -162,7 +163,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
 
 def compute_advantages(rewards, *, samples_per_prompt, scale):
-    """Rewards [B] relative to their group; a prompt's samples are adjacent. NaN (not scored) counts for nothing, gets 0."""
+    """Rewards [B] relative to their group; a prompt's samples are adjacent. NaN, not scored, counts for nothing: 0."""
     groups = rewards.float().view(-1, samples_per_prompt)  # [N, G]
     scored = ~groups.isnan()
     count = scored.sum(1, keepdim=True)
@@ -175,7 +176,7 @@ def compute_advantages(rewards, *, samples_per_prompt, scale):
 
 
 def compute_ratio(logprobs, old_logprobs, completion_mask, *, loss_type):
-    """pi / pi_old of each token [B, T]; for gspo one ratio of each completion [B, 1], the geometric mean of its tokens'."""
+    """pi / pi_old of each token [B, T]; for gspo of each completion [B, 1], the geometric mean over its tokens."""
     log_ratio = logprobs - old_logprobs
     if loss_type == "gspo":
         lengths = completion_mask.sum(1, keepdim=True).clamp(min=1)
@@ -218,7 +219,7 @@ def policy_loss(
 
 
 def loss_normalizer(completion_mask, loss_type, max_new_tokens):
-    """What the loss of an optimizer batch is divided by: its completions, its tokens, or the tokens there was room for."""
+    """What an optimizer batch's loss is divided by: its completions, its tokens, or the tokens it had room for."""
     completions, tokens = completion_mask.any(1).sum(), completion_mask.sum()
     return {"dapo": tokens, "cispo": tokens, "dr_grpo": completions * max_new_tokens}.get(loss_type, completions)
 

@@ -1,24 +1,26 @@
-"""PPO: several clipped updates on each rollout, with advantages per token from a learned value model.
+"""PPO: several clipped updates on each rollout, with an advantage for each token from a learned value model.
 
-With r_t = pi / pi_old and N tokens in the optimizer batch, policy and value model minimise
+With r_t = pi / pi_old and N tokens in the optimizer batch, the policy and the value model minimise
 
     L_policy = -1/N sum_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t)
-    L_value  = 1/(2N) sum_t max((V_t - R_t)^2, (V_t_old + clip(V_t - V_t_old, -eps_v, eps_v) - R_t)^2)
+    L_value  = 1/(2N) sum_t max((V_t - R_t)^2, (V_old + clip(V_t - V_old, -eps_v, eps_v) - R_t)^2)
 
-A_t is generalised advantage estimation over the completion's tokens, delta_t = r_t + gamma V_t+1 - V_t and
-A_t = delta_t + gamma lambda A_t+1, then whitened over all tokens of the rollout; R_t = A_t + V_t before whitening. The reward
-r_t of a token is -kl_coef (log pi - log pi_ref), plus the score on the stop token. The state after a stop token is worth 0. A
-completion that was cut off has not ended: it gets no score, and the value of the state after its last token stands for the
-rest.
+where advantages come from generalised advantage estimation over a completion's tokens,
 
-Source: Schulman et al., arXiv 1707.06347, eq. 7; GAE: arXiv 1506.02438, eq. 16; for language models Ouyang et al., arXiv
-2203.02155, and arXiv 2403.17031; arXiv 2509.04501, section on PPO. TRL puts the score one position after the stop token.
+    A_t = delta_t + gamma lambda A_t+1,  delta_t = reward_t + gamma V_t+1 - V_t,  R_t = A_t + V_t,
+
+and are then whitened over all tokens of the rollout. A token's reward is -kl_coef (log pi - log pi_ref), plus the
+score on the stop token, after which V is 0. A completion that was cut off has not ended: the value of the state after
+its last token stands for what is missing, the score included.
+
+Source: Schulman et al., arXiv 1707.06347, eq. 7; GAE: arXiv 1506.02438, eq. 16; for language models: arXiv 2203.02155
+and 2403.17031; arXiv 2509.04501, section on PPO. TRL differs: it puts the score one position after the stop token.
 
     python ppo.py
-    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 --value-learning-rate 1e-5 \
-        --micro-batch-size 8 --max-new-tokens 512
+    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
+        --value-learning-rate 1e-5 --micro-batch-size 8 --max-new-tokens 512
 
-A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; any column reaches the reward function by its name.
+A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; every column reaches the reward by name.
 """
 
 import time
@@ -92,7 +94,7 @@ class Args:
 
 
 class ValueModel(torch.nn.Module):
-    """V of each state of a completion: a trunk of its own keeps value gradients off the policy; the head starts at 0."""
+    """Values of a completion's states: its own trunk keeps their gradients off the policy; the head starts at 0."""
 
     def __init__(self, trunk):
         super().__init__()
@@ -114,12 +116,11 @@ class ValueModel(torch.nn.Module):
 
 @torch.no_grad()
 def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
-    """Sample completions from the plain softmax at the temperature (0 is greedy): no top-k, top-p or penalties.
+    """Sample completions from the plain softmax at the temperature, 0 being greedy: no top-k, top-p or penalties.
 
-    Each prompt is prefilled once and its KV cache repeated for its samples; a row that has sampled a stop token leaves the
-    batch. prompt_ids, prompt_mask [N, P] are left-padded, so that the last position of each row is its newest token.
-    Returns completion_ids, completion_mask and the log-probs of what was sampled, all [B, T], B = N * samples_per_prompt;
-    the mask is 1.0 up to and including the first stop token.
+    Each prompt, left-padded in prompt_ids and prompt_mask [N, P], is prefilled once, and its KV cache repeated for its
+    samples; a row leaves the batch with its first stop token. Returns completion_ids, completion_mask (1.0 up to and
+    including that token) and the log-probs of the sampled tokens, all [B, T] with B = N * samples_per_prompt.
     """
     stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
     P = prompt_ids.shape[1]

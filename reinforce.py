@@ -1,20 +1,22 @@
-"""REINFORCE: sample completions, raise the log-probability of those that scored above a baseline.
+"""REINFORCE: sample completions and raise the log-probability of those that score above a baseline.
 
-Loss, over the B completions y_i of a step, summed over their tokens:
+Loss, over the B completions of a step, A_i = R_i - b_i detached:
 
-    L = -1/B sum_i A_i sum_t log pi(y_it | x_i, y_i,<t)        A_i = R_i - b_i,  detached
+    L = -1/B sum_i A_i sum_t log pi(y_it | x_i, y_i,<t)
 
-Baselines b_i: none; the group's mean; or the mean of the other completions of the same prompt (leave-one-out, RLOO), which
-keeps the gradient unbiased, while the full mean shrinks it by (G - 1) / G for G samples of a prompt. With a KL coefficient
-beta, R_i is the score minus beta * sum_t (log pi - log pi_ref): the k1 estimate, which is exact in expectation in the reward.
+The baseline b_i is none, the mean of the group (the completions of one prompt), or the mean of the others in the
+group (leave-one-out, RLOO). The last is unbiased; the full mean shrinks the gradient by (G - 1) / G for a group of G.
+With kl_coef, R_i is the score minus kl_coef sum_t (log pi - log pi_ref): the k1 estimate, whose gradient in the reward
+is that of KL(pi || pi_ref).
 
-Source: Williams 1992; arXiv 2509.04501, section on REINFORCE; leave-one-out and KL in the reward: Ahmadian et al., arXiv
-2402.14740, section 3. Simplified: one update for each rollout, so no importance ratio and nothing to clip.
+Source: Williams 1992; arXiv 2509.04501, section on REINFORCE; leave-one-out and KL in the reward: Ahmadian et al.,
+arXiv 2402.14740, section 3. Simplified: each rollout serves one update, so there is no ratio and nothing to clip.
 
     python reinforce.py
-    python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 --micro-batch-size 8 --max-new-tokens 512
+    python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
+        --micro-batch-size 8 --max-new-tokens 512
 
-A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; any column reaches the reward function by its name.
+A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; every column reaches the reward by name.
 """
 
 import time
@@ -75,12 +77,11 @@ class Args:
 
 @torch.no_grad()
 def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
-    """Sample completions from the plain softmax at the temperature (0 is greedy): no top-k, top-p or penalties.
+    """Sample completions from the plain softmax at the temperature, 0 being greedy: no top-k, top-p or penalties.
 
-    Each prompt is prefilled once and its KV cache repeated for its samples; a row that has sampled a stop token leaves the
-    batch. prompt_ids, prompt_mask [N, P] are left-padded, so that the last position of each row is its newest token.
-    Returns completion_ids, completion_mask and the log-probs of what was sampled, all [B, T], B = N * samples_per_prompt;
-    the mask is 1.0 up to and including the first stop token.
+    Each prompt, left-padded in prompt_ids and prompt_mask [N, P], is prefilled once, and its KV cache repeated for its
+    samples; a row leaves the batch with its first stop token. Returns completion_ids, completion_mask (1.0 up to and
+    including that token) and the log-probs of the sampled tokens, all [B, T] with B = N * samples_per_prompt.
     """
     stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
     P = prompt_ids.shape[1]
@@ -134,7 +135,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
 
 def compute_advantages(rewards, *, samples_per_prompt, baseline):
-    """Rewards [B] minus their baseline; a prompt's samples are adjacent. NaN (not scored) counts for nothing and gets 0."""
+    """Rewards [B] minus their baseline; a prompt's samples are adjacent. NaN, not scored, counts for nothing: 0."""
     groups = rewards.float().view(-1, samples_per_prompt)  # [N, G]
     scored = ~groups.isnan()
     total, count = groups.nansum(1, keepdim=True), scored.sum(1, keepdim=True)

@@ -1,15 +1,15 @@
 """Supervised fine-tuning (SFT): raise the log-probability of demonstrated completions.
 
-Loss, over the N target tokens of the optimizer batch: the completions with their stop tokens, never the prompts:
+Loss, over the N target tokens of the optimizer batch, the completions with their stop tokens and never the prompts:
 
     L = -1/N sum_i sum_t log pi(y_it | x_i, y_i,<t)
 
-Source: Ouyang et al., arXiv 2203.02155, section 3.5; arXiv 2509.04501, section on supervised fine-tuning. Simplified: no
-packing of several rows into one sequence, whose tokens would see each other's rows.
+Source: Ouyang et al., arXiv 2203.02155, section 3.5; arXiv 2509.04501, section on supervised fine-tuning. Simplified:
+no packing of several rows into one sequence.
 
     python sft.py
-    python sft.py --model Qwen/Qwen2.5-0.5B --data train.jsonl --learning-rate 1e-5 --micro-batch-size 8 \
-        --max-new-tokens 256
+    python sft.py --model Qwen/Qwen2.5-0.5B --data train.jsonl --learning-rate 1e-5 \\
+        --micro-batch-size 8 --max-new-tokens 512 --max-length 1024
 
 A row of the .jsonl file: {"prompt": "What is 37 + 48?", "completion": " 85"}, either of them chat messages if you like.
 """
@@ -61,19 +61,18 @@ class Args:
     output_dir: str = ""
     """folder of the run; runs/<script>-<time> without it"""
     max_length: int = 512
-    """tokens of prompt and completion; a longer row is dropped, since cut off it would teach to stop short or never"""
+    """tokens of prompt and completion; a longer row is dropped: cut off, it would teach to break off"""
     warmup_steps: int = 0
     """steps over which the learning rate rises to its full size"""
 
 
 @torch.no_grad()
 def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
-    """Sample completions from the plain softmax at the temperature (0 is greedy): no top-k, top-p or penalties.
+    """Sample completions from the plain softmax at the temperature, 0 being greedy: no top-k, top-p or penalties.
 
-    Each prompt is prefilled once and its KV cache repeated for its samples; a row that has sampled a stop token leaves the
-    batch. prompt_ids, prompt_mask [N, P] are left-padded, so that the last position of each row is its newest token.
-    Returns completion_ids, completion_mask and the log-probs of what was sampled, all [B, T], B = N * samples_per_prompt;
-    the mask is 1.0 up to and including the first stop token.
+    Each prompt, left-padded in prompt_ids and prompt_mask [N, P], is prefilled once, and its KV cache repeated for its
+    samples; a row leaves the batch with its first stop token. Returns completion_ids, completion_mask (1.0 up to and
+    including that token) and the log-probs of the sampled tokens, all [B, T] with B = N * samples_per_prompt.
     """
     stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
     P = prompt_ids.shape[1]

@@ -2,10 +2,10 @@
 
     python models/make_base.py --output-dir models/arithmetic
 
-A Llama of 0.8 M parameters whose tokens are bytes is trained by sft.py on sums that get every carry right in 30 % of the
-lines and forget them all in the rest (37 + 48 is 85 or 75), held-out problems left out, and stopped before it has learned
-even that for good. So it answers a third of the problems rightly, and more when sampled: the way a pretrained model has
-half-learned a thing, and what reinforcement learning then brings out.
+A Llama of 0.8 M parameters whose tokens are bytes is trained by sft.py on sums that get every carry right in about a
+third of the lines and forget them all in the rest (37 + 48 is 85 or 75), without the held-out problems, and stopped
+before it knows even that for good. So it answers a third of the problems rightly, and more of them when sampled: the way
+a pretrained model has half-learned a thing, for reinforcement learning to bring out.
 """
 
 import json

@@ -1,0 +1,68 @@
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import common
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|endoftext|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def random_model(kind: str, vocab_size: int = 300, stop_ids=(0,)):
+    """A small model with random weights, sharp enough that its probabilities differ, in eval mode."""
+    torch.manual_seed(0)
+    common_fields = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": list(stop_ids), "pad_token_id": 0}
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **common_fields))
+    else:
+        config, cls = (LlamaConfig, LlamaForCausalLM) if kind == "llama" else (Qwen2Config, Qwen2ForCausalLM)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = cls(config(num_key_value_heads=2, max_position_embeddings=64, **sizes, **common_fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)
+    model.generation_config.eos_token_id = list(stop_ids)
+    return model.eval()
+
+
+@pytest.fixture(params=["llama", "gpt2", "qwen2"])
+def model(request):
+    return random_model(request.param, stop_ids=(0, 22, 87, 110, 120, 293))
+
+
+@pytest.fixture
+def tokenizer():
+    return common.load_model("models/arithmetic", torch.device("cpu"))[1]
+
+
+@pytest.fixture
+def chat_model(tmp_path, tokenizer):
+    """A folder with a random GPT-2 whose vocabulary is padded, whose pad is its EOS and whose tokenizer has a template."""
+    tokenizer.chat_template = CHAT_TEMPLATE
+    folder = tmp_path / "chat_model"
+    random_model("gpt2").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def chat_data(tmp_path):
+    """Rows in TRL's conversational format, prompts of different lengths."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "add " * (i % 4) + f"{i} to {i}"}],
+            "completion": [{"role": "assistant", "content": f"#### {2 * i}"}],
+            "answer": str(2 * i),
+        }
+        for i in range(12)
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

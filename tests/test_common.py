@@ -1,0 +1,166 @@
+"""Data, tokens, rewards and model loading, and the one-line errors for what a user can get wrong."""
+
+import json
+import time
+
+import common
+
+import pytest
+import torch
+from conftest import random_model
+
+CPU = torch.device("cpu")
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_arithmetic_holds_out_the_same_tenth():
+    train, held_out = common.load_data("arithmetic", "", 10_000, ())
+    assert (len(train), len(held_out)) == (9000, 1000)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert common.load_data("arithmetic", "", 10_000, ())[1] == held_out
+    rows = {row["prompt"]: row for row in train + held_out}
+    assert rows["What is 37 + 48?"] | {"prompt": ""} == {
+        "prompt": "",
+        "answer": "85",
+        "completion": " 85",
+        "chosen": " 85",
+        "rejected": " 75",
+    }
+    assert rows["What is 12 + 34?"]["rejected"] == " 56"
+    assert all(row["chosen"] != row["rejected"] for row in rows.values())
+
+
+def test_rows_of_one_prompt_are_all_kept_and_held_out_together(tmp_path):
+    rows = [{"prompt": f"p{i % 20}", "completion": f"{i}"} for i in range(100)]
+    train, held_out = common.load_data(write(tmp_path / "d.jsonl", rows), "", 500, ("prompt", "completion"))
+    assert len(train) == 90 and len(held_out) == 2
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+
+
+def test_batches_visit_every_row_once_an_epoch():
+    rows = list(range(10))
+    epochs = [row for step in range(1, 11) for row in common.take_batch(rows, step, 4, seed=3)]
+    assert all(sorted(epochs[start : start + 10]) == rows for start in range(0, 40, 10))
+    assert epochs[:10] != epochs[10:20] != rows
+    assert common.take_batch(rows, 1, 4, seed=4) != epochs[:4]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 3 + 4 = 7", "7"),
+        ("2 and 5 #### 1,200.50 apples, not 3", "1200.5"),
+        ("-007", "-7"),
+        ("-0.0", "0"),
+        ("none", None),
+        ("####", None),
+        (" 85", "85"),
+    ],
+)
+def test_find_number(text, number):
+    assert common.find_number(text) == number
+
+
+def test_rewards_survive_megabytes():
+    start = time.perf_counter()
+    for hostile in ("9" * 2_000_000, "1." * 1_000_000, "-" * 2_000_000, "," * 2_000_000, "#### " * 400_000):
+        rows = [{"prompt": "q", "answer": "12"}]
+        rewards, _ = common.load_reward(("exact_answer", "format", "length"), ())(rows, [hostile])
+        assert rewards.isfinite().all()
+    assert time.perf_counter() - start < 10
+
+
+def test_stub_rewards():
+    rows = [{"prompt": "q", "answer": "72"}] * 4
+    texts = ["48 + 24\n#### 72", "72", "the answer is 72.", "#### 71"]
+    score = common.load_reward(("exact_answer", "format", "length"), (1.0, 0.5, 0.0))
+    rewards, components = score(rows, texts)
+    assert components["exact_answer"].tolist() == [1, 1, 1, 0]
+    assert components["format"].tolist() == [1, 1, 0, 1]
+    assert rewards.tolist() == [1.5, 1.5, 1.0, 0.5]
+    words = common.exact_answer([], ["Paris ", "Rome"], answer=["Paris", "Paris"])
+    assert words == [1.0, 0.0]
+
+
+def test_own_reward_gets_trl_arguments_and_may_answer_none(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def judge(prompts, completions, colour, **columns):\n"
+        "    assert prompts[0] == [{'role': 'user', 'content': 'q'}]\n"
+        "    assert completions[0] == [{'role': 'assistant', 'content': 'a'}]\n"
+        "    return [2.0 if c == 'red' else None for c in colour]\n"
+    )
+    score = common.load_reward((f"{tmp_path}/mine.py:judge",), (0.5,))
+    rows = [{"prompt": [{"role": "user", "content": "q"}], "colour": c} for c in ("red", "blue")]
+    rewards, components = score(rows, ["a", "b"])
+    assert rewards[0] == 1.0 and rewards[1].isnan()
+    assert components["judge"][0] == 2.0
+
+
+def test_demonstrations_end_with_their_stop_token(tokenizer):
+    ids = common.completion_tokens(tokenizer, "What is 1 + 1?", " 2", [0])
+    assert tokenizer.decode(ids) == " 2<|endoftext|>" and ids[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
+
+
+def test_chat_template(tokenizer):
+    from conftest import CHAT_TEMPLATE
+
+    tokenizer.chat_template = CHAT_TEMPLATE
+    prompt = [{"role": "user", "content": "hi"}]
+    assert tokenizer.decode(common.prompt_tokens(tokenizer, prompt)) == "<user>hi<assistant>"
+    assert common.prompt_tokens(tokenizer, "hi") == common.prompt_tokens(tokenizer, prompt)
+    ids = common.completion_tokens(tokenizer, prompt, [{"role": "assistant", "content": "yes"}], [0])
+    assert tokenizer.decode(ids) == "yes<|endoftext|>"  # the newline that the template writes after it is never sampled
+
+
+def test_load_model_settles_dtype_dropout_stops_and_padded_vocabulary(tmp_path, tokenizer):
+    model = random_model("gpt2", vocab_size=300, stop_ids=(7,))  # the tokenizer owns 257 of 300 rows
+    model.config.resid_pdrop = model.config.attn_pdrop = 0.5
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    loaded, _ = common.load_model(str(tmp_path / "m"), CPU)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert loaded.config.resid_pdrop == loaded.config.attn_pdrop == 0.0
+    assert loaded.generation_config.eos_token_id == [0, 7]
+    loaded.train()
+    ids = torch.tensor([[1, 2, 3]])
+    assert (loaded(ids).logits == loaded(ids).logits).all()
+    assert loaded(ids).logits.shape[-1] == 257
+    loaded.save_pretrained(tmp_path / "again")
+    assert common.load_model(str(tmp_path / "m"), CPU)[0].lm_head.weight.shape[0] == 300
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "has no rows"),
+        ('{"prompt": "a"}\nnonsense\n', "line 2: not JSON"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', 'row 2: "completion" is missing or empty'),
+        ('{"prompt": "", "completion": "b"}\n', 'row 1: "prompt" is missing or empty'),
+        ('{"prompt": "a", "completion": "b"}\n', "one prompt only"),
+        ("[1]\n", "row 1"),
+    ],
+)
+def test_bad_data_is_one_line(tmp_path, lines, message):
+    path = tmp_path / "d.jsonl"
+    path.write_text(lines)
+    with pytest.raises(SystemExit, match=message):
+        common.load_data(str(path), "", 10, ("prompt", "completion"))
+
+
+def test_other_mistakes_are_one_line(tmp_path, tokenizer):
+    with pytest.raises(SystemExit, match="no such file"):
+        common.read_rows("missing.jsonl", ())
+    with pytest.raises(SystemExit, match="--model nowhere"):
+        common.load_model("nowhere", CPU)
+    with pytest.raises(SystemExit, match="--reward nonsense"):
+        common.load_reward(("nonsense",), ())
+    with pytest.raises(SystemExit, match="2 weights for 1"):
+        common.load_reward(("format",), (1.0, 2.0))
+    with pytest.raises(SystemExit, match='no column "answer"'):
+        common.load_reward(("exact_answer",), ())([{"prompt": "a"}], ["b"])
+    with pytest.raises(SystemExit, match="no chat template"):
+        common.prompt_tokens(tokenizer, [{"role": "user", "content": "hi"}])

@@ -1,0 +1,249 @@
+"""Losses and advantages against formulas worked by hand, a second path through torch, and exact enumeration."""
+
+import itertools
+import math
+
+import grpo
+import ppo
+import reinforce
+import sft
+
+import pytest
+import torch
+from conftest import random_model
+
+B, T = 6, 5
+LENGTHS = torch.tensor([5, 2, 3, 1, 4, 5])
+MASK = (torch.arange(T) < LENGTHS[:, None]).float()
+
+
+def tensors(seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    logprobs, old, ref = (-torch.rand(B, T, generator=generator, dtype=dtype) * 2 for _ in range(3))
+    advantages = torch.randn(B, generator=generator, dtype=dtype)
+    return logprobs.requires_grad_(), old, ref, advantages
+
+
+def test_sft_loss_is_cross_entropy_of_the_completions():
+    """transformers' own loss, with the prompt's and the padding's labels at -100."""
+    model = random_model("llama")
+    prompt_ids, completion_ids = torch.tensor([[7, 8], [9, 10]]), torch.tensor([[11, 12, 0], [13, 0, 55]])
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    labels = torch.cat([torch.full_like(prompt_ids, -100), completion_ids.masked_fill(mask == 0, -100)], 1)
+    ones = torch.ones_like(prompt_ids)
+    logprobs = sft.token_logprobs(model, prompt_ids, ones, completion_ids, mask)
+    loss = sft.sft_loss(logprobs, mask, normalizer=mask.sum())
+    whole = torch.cat([prompt_ids, completion_ids], 1)
+    expected = model(whole, attention_mask=torch.cat([ones, mask.long()], 1), labels=labels).loss
+    torch.testing.assert_close(loss, expected)
+
+
+def test_reinforce_baselines():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+
+    def advantages(baseline):
+        return reinforce.compute_advantages(rewards, samples_per_prompt=3, baseline=baseline)
+
+    assert advantages("none").tolist() == rewards.tolist()
+    torch.testing.assert_close(advantages("mean"), torch.tensor([2 / 3, -1 / 3, -1 / 3, 0.0, 0.0, 0.0]))
+    torch.testing.assert_close(advantages("leave_one_out"), torch.tensor([1.0, -0.5, -0.5, 0.0, 0.0, 0.0]))
+
+
+def test_unscored_completions_take_no_part():
+    nan = float("nan")
+    rewards = torch.tensor([1.0, nan, 0.0, nan, nan, 1.0])
+    loo = reinforce.compute_advantages(rewards, samples_per_prompt=3, baseline="leave_one_out")
+    assert loo.tolist() == [1.0, 0.0, -1.0, 0.0, 0.0, 0.0]
+    grouped = grpo.compute_advantages(rewards, samples_per_prompt=3, scale="none")
+    assert grouped.tolist() == [0.5, 0.0, -0.5, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("baseline", ["none", "mean", "leave_one_out"])
+def test_reinforce_gradient_is_exact_in_expectation(baseline):
+    """Every pair of completions of a 4-token model enumerated: the mean gradient is that of the expected reward, shrunk by
+    (G - 1) / G for the full mean."""
+    model = random_model("llama", vocab_size=4).double()
+    completions = [[0]] + [[a, b] for a in (1, 2, 3) for b in range(4)]
+    rewards = torch.tensor([0.3, *(float((5 * a + 3 * b) % 7) for a in (1, 2, 3) for b in range(4))])
+    ids = torch.tensor([c + [0] * (2 - len(c)) for c in completions])
+    mask = torch.tensor([[1.0] * len(c) + [0.0] * (2 - len(c)) for c in completions])
+    prompts = torch.tensor([[1, 2, 3]]).repeat(len(ids), 1)
+    logprobs = reinforce.token_logprobs(model, prompts, torch.ones_like(prompts), ids, mask)
+    probabilities = logprobs.sum(1).exp()
+    torch.testing.assert_close(probabilities.sum().item(), 1.0)
+    parameters = list(model.parameters())
+    exact = torch.autograd.grad((probabilities * rewards).sum(), parameters, retain_graph=True)
+
+    expected_loss = 0.0
+    for i, j in itertools.product(range(len(ids)), repeat=2):
+        pair = torch.tensor([i, j])
+        advantages = reinforce.compute_advantages(rewards[pair], samples_per_prompt=2, baseline=baseline)
+        loss = reinforce.policy_loss(logprobs[pair], advantages, mask[pair], normalizer=2)
+        expected_loss = expected_loss + (probabilities[i] * probabilities[j]).detach() * loss
+    gradient = torch.autograd.grad(-expected_loss, parameters)
+    shrunk = 0.5 if baseline == "mean" else 1.0
+    for got, wanted in zip(gradient, exact):
+        torch.testing.assert_close(got, shrunk * wanted, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_grpo_advantages(scale):
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.5, 0.7, 0.7, 0.7, 0.7])
+    got = grpo.compute_advantages(rewards, samples_per_prompt=4, scale=scale)
+    group = rewards[:4]
+    expected = (group - group.mean()) / (group.std() + 1e-4 if scale == "std" else 1.0)
+    torch.testing.assert_close(got[:4], expected)
+    assert (got[4:] == 0).all()  # a tied group has exactly no gradient, not a rounding residue over 1e-4
+
+
+SETTINGS = {"clip_low": 0.1, "clip_high": 0.3, "beta": 0.05}
+
+
+@pytest.mark.parametrize("kl_estimator", ["k3", "k2"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
+def test_grpo_loss_is_the_docstrings_formula(loss_type, kl_estimator):
+    """Token by token in plain Python floats, and its gradient by finite differences of that."""
+    logprobs, old, ref, advantages = tensors()
+
+    def by_hand(logprobs):
+        total = 0.0
+        for i, n in enumerate(LENGTHS.tolist()):
+            log_ratios = [(logprobs[i, t] - old[i, t]).item() for t in range(n)]
+            if loss_type == "gspo":
+                log_ratios = [sum(log_ratios) / n] * n
+            row = 0.0
+            for t in range(n):
+                ratio = math.exp(log_ratios[t])
+                clipped = min(max(ratio, 0.9), 1.3)
+                a = advantages[i].item()
+                if loss_type == "cispo":
+                    start = (logprobs0[i, t] - old[i, t]).exp().item()  # stopped: the ratio does not move
+                    row -= min(max(start, 0.9), 1.3) * a * logprobs[i, t].item()
+                else:
+                    row -= min(ratio * a, clipped * a)
+                x = (ref[i, t] - logprobs[i, t]).item()
+                k3 = math.exp(x) - x - 1
+                row += 0.05 * (k3 if kl_estimator == "k3" else x * x / 2)
+            total += row / n if loss_type in ("grpo", "gspo") else row
+        return total / {"dapo": 20, "cispo": 20, "dr_grpo": 6 * 8}.get(loss_type, 6)
+
+    logprobs0 = logprobs.detach().clone()
+    normalizer = grpo.loss_normalizer(MASK, loss_type, 8)
+    loss = grpo.policy_loss(
+        logprobs,
+        old,
+        ref,
+        advantages,
+        MASK,
+        loss_type=loss_type,
+        kl_estimator=kl_estimator,
+        normalizer=normalizer,
+        **SETTINGS,
+    )
+    assert loss.item() == pytest.approx(by_hand(logprobs0), rel=1e-6)
+    loss.backward()
+    for i, t in [(0, 0), (1, 1), (2, 2), (4, 3), (3, 4)]:  # the last is padding
+        moved = [logprobs0.clone(), logprobs0.clone()]
+        moved[0][i, t] += 1e-5
+        moved[1][i, t] -= 1e-5
+        slope = (by_hand(moved[0]) - by_hand(moved[1])) / 2e-5
+        assert logprobs.grad[i, t].item() == pytest.approx(slope, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
+def test_first_update_is_the_plain_policy_gradient(loss_type):
+    """At ratio 1 nothing is clipped, and the gradient of each is -A times a constant that only the loss type sets."""
+    logprobs, _, ref, advantages = tensors()
+    settings = {"loss_type": loss_type, "clip_low": 0.2, "clip_high": 0.2, "beta": 0.0, "kl_estimator": "k3"}
+    grpo.policy_loss(logprobs, logprobs.detach(), ref, advantages, MASK, normalizer=1.0, **settings).backward()
+    per_token = (1 / LENGTHS)[:, None] if loss_type in ("grpo", "gspo") else 1.0
+    torch.testing.assert_close(logprobs.grad, -advantages[:, None] * MASK * per_token)
+
+
+def test_losses_do_not_depend_on_the_split():
+    logprobs, old, ref, advantages = tensors()
+    settings = {"loss_type": "grpo", "kl_estimator": "k3", "normalizer": 6.0, **SETTINGS}
+    token_advantages, returns = advantages[:, None] * MASK, ref
+    losses = [
+        lambda r: sft.sft_loss(logprobs[r], MASK[r], normalizer=20.0),
+        lambda r: reinforce.policy_loss(logprobs[r], advantages[r], MASK[r], normalizer=6.0),
+        lambda r: grpo.policy_loss(logprobs[r], old[r], ref[r], advantages[r], MASK[r], **settings),
+        lambda r: ppo.policy_loss(logprobs[r], old[r], token_advantages[r], MASK[r], clip_range=0.2, normalizer=20.0),
+        lambda r: ppo.value_loss(logprobs[r], old[r], returns[r], MASK[r], value_clip_range=0.2, normalizer=20.0),
+    ]
+    for loss in losses:
+        (whole,) = torch.autograd.grad(loss(slice(None)), logprobs)
+        (split,) = torch.autograd.grad(loss(slice(0, 1)) + loss(slice(1, 4)) + loss(slice(4, 6)), logprobs)
+        torch.testing.assert_close(whole, split, atol=1e-12, rtol=0)
+
+
+def test_gae_by_hand():
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [-0.1, 2.0, 77.0], [0.5, 0.5, 0.5]])
+    values = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.6, 100.0], [0.1, 0.2, 0.3]])  # 77 and 100 are padding
+    mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 1, 1]])
+    bootstrap = torch.tensor([0.0, 0.0, 0.8])  # the third is truncated
+    advantages, returns = ppo.compute_gae(rewards, values, mask, gamma=0.9, gae_lambda=0.5, bootstrap=bootstrap)
+    # delta_t = r_t + 0.9 V_t+1 - V_t;  A_t = delta_t + 0.45 A_t+1
+    a = 1.0 - 0.3
+    b = 0.9 * 0.3 - 0.4 + 0.45 * a
+    c = 0.9 * 0.4 - 0.5 + 0.45 * b
+    d = 2.0 - 0.6
+    e = -0.1 + 0.9 * 0.6 - 0.2 + 0.45 * d
+    f = 0.5 + 0.9 * 0.8 - 0.3
+    g = 0.5 + 0.9 * 0.3 - 0.2 + 0.45 * f
+    h = 0.5 + 0.9 * 0.2 - 0.1 + 0.45 * g
+    expected = torch.tensor([[c, b, a], [e, d, 0.0], [h, g, f]])
+    torch.testing.assert_close(advantages, expected)
+    torch.testing.assert_close(returns, (expected + values) * mask)
+
+
+def test_gae_with_lambda_1_is_return_minus_value():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(B, T, generator=generator), torch.randn(B, T, generator=generator)
+    advantages, returns = ppo.compute_gae(rewards, values, MASK, gamma=1.0, gae_lambda=1.0)
+    to_go = (rewards * MASK).flip(1).cumsum(1).flip(1) * MASK
+    torch.testing.assert_close(returns, to_go)
+    torch.testing.assert_close(advantages, (to_go - values) * MASK)
+
+
+def test_ppo_policy_loss_clips_only_what_would_gain():
+    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]]).double()
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 2.0]]).double()
+    logprobs = ratio.log().requires_grad_()
+    loss = ppo.policy_loss(
+        logprobs, torch.zeros(1, 5).double(), advantages, torch.ones(1, 5), clip_range=0.2, normalizer=5.0
+    )
+    assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8 + 2.2) / 5)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, -torch.tensor([[0.0, -1.5, 0.5, 0.0, 2.2]]).double() / 5)
+
+
+def test_value_loss_takes_the_worse_of_the_two():
+    values, old = torch.tensor([[1.0, 0.1, 9.0]]), torch.tensor([[0.0, 0.0, 0.0]])
+    returns, mask = torch.tensor([[2.0, 0.5, 5.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    loss = ppo.value_loss(values, old, returns, mask, value_clip_range=0.2, normalizer=2.0)
+    assert loss.item() == pytest.approx((1.8**2 + 0.4**2) / 2 / 2)
+
+
+def test_whitening_is_over_the_tokens_of_the_mask():
+    advantages = torch.randn(B, T, generator=torch.Generator().manual_seed(0)) * 3 + 2
+    kept = ppo.whiten(advantages, MASK)[MASK > 0]
+    assert kept.mean().item() == pytest.approx(0.0, abs=1e-6)
+    assert kept.std(unbiased=False).item() == pytest.approx(1.0, abs=1e-5)
+    assert (ppo.whiten(advantages, MASK)[MASK == 0] == 0).all()
+
+
+def test_values_are_of_the_state_that_a_token_is_sampled_in():
+    """V_t must not see token t: changing it changes the values after it only, and padding changes none."""
+    torch.manual_seed(0)
+    value_model = ppo.ValueModel(random_model("gpt2").base_model)
+    torch.nn.init.normal_(value_model.head.weight)
+    ones, mask = torch.ones(1, 3, dtype=torch.long), torch.ones(1, 4)
+    values = value_model(torch.tensor([[5, 6, 7]]), ones, torch.tensor([[8, 9, 10, 0]]), mask)
+    changed = value_model(torch.tensor([[5, 6, 7]]), ones, torch.tensor([[8, 9, 11, 0]]), mask)
+    assert values.shape == (1, 5)
+    assert (values[0, :3] == changed[0, :3]).all() and (values[0, 3:] != changed[0, 3:]).all()
+    padded = value_model(
+        torch.tensor([[0, 0, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1]]), torch.tensor([[8, 9, 10, 0]]), mask
+    )
+    torch.testing.assert_close(values, padded, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,98 @@
+"""Sampling and scoring: what is sampled is what is scored, on absolute and rotary positions, padded or not."""
+
+import grpo
+
+import pytest
+import torch
+from conftest import random_model
+
+PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]
+
+
+def padded(prompts):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logprobs_are_those_of_training(model, temperature):
+    prompt_ids, prompt_mask = padded(PROMPTS)
+    torch.manual_seed(1)
+    ids, mask, sampled = grpo.rollout(
+        model, prompt_ids, prompt_mask, samples_per_prompt=8, max_new_tokens=12, temperature=temperature
+    )
+    repeated = prompt_ids.repeat_interleave(8, 0), prompt_mask.repeat_interleave(8, 0)
+    scored = grpo.token_logprobs(model, *repeated, ids, mask, temperature=temperature)
+    assert len(set(mask.sum(1).tolist())) > 1  # some rows left the batch early
+    torch.testing.assert_close(sampled, scored, atol=1e-4, rtol=0)
+    unscaled = grpo.token_logprobs(model, *repeated, ids, mask)
+    assert temperature == 1.0 or (sampled - unscaled).abs().max() > 0.1
+
+
+def test_greedy_is_generates_greedy(model):
+    prompt_ids, prompt_mask = padded(PROMPTS)
+    ids, mask, _ = grpo.rollout(
+        model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=10, temperature=0.0
+    )
+    for prompt, row, keep in zip(PROMPTS, ids, mask > 0):
+        alone = torch.tensor([prompt])
+        expected = model.generate(alone, attention_mask=alone.ne(-1), do_sample=False, max_new_tokens=10)[
+            0, len(prompt) :
+        ]
+        assert row[keep].tolist() == expected.tolist()
+
+
+def test_logprobs_do_not_depend_on_padding(model):
+    """Against the model's own logits for one unpadded row, so the shift by one position is checked too."""
+    completions = [[20, 21, 22, 0], [23, 0], [24, 25, 26, 27]]
+    prompt_ids, prompt_mask = padded(PROMPTS)
+    ids = torch.tensor([c + [99] * (4 - len(c)) for c in completions])
+    mask = torch.tensor([[1.0] * len(c) + [0.0] * (4 - len(c)) for c in completions])
+    scored = grpo.token_logprobs(model, prompt_ids, prompt_mask, ids, mask)
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, completions)):
+        logits = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        expected = torch.stack([logits[len(prompt) - 1 + t, token] for t, token in enumerate(completion)])
+        torch.testing.assert_close(scored[row, : len(completion)], expected, atol=1e-4, rtol=0)
+        assert (scored[row, len(completion) :] == 0).all()
+
+
+def test_every_stop_id_ends_a_row_and_is_counted():
+    model = random_model("llama", vocab_size=8, stop_ids=(0, 3))
+    prompt_ids, prompt_mask = padded([[5, 6], [7]])
+    torch.manual_seed(0)
+    ids, mask, logprobs = grpo.rollout(
+        model, prompt_ids, prompt_mask, samples_per_prompt=64, max_new_tokens=6, temperature=1.0
+    )
+    ends = set()
+    for row, keep, logprob in zip(ids.tolist(), mask.tolist(), logprobs):
+        stops = [t for t, token in enumerate(row) if token in (0, 3) and (t == 0 or keep[t])]
+        length = stops[0] + 1 if stops else len(row)
+        assert keep == [1.0] * length + [0.0] * (len(row) - length)
+        assert (logprob[:length] < 0).all() and (logprob[length:] == 0).all()
+        ends.add(row[length - 1])
+    assert {0, 3} < ends  # both stop ids, and rows that were cut off
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_sampling_is_the_whole_softmax(temperature):
+    """A chi-squared test of 40,000 first tokens: a top-k of 50, a top-p or a wrong temperature is far outside."""
+    model = random_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    prompt_ids, prompt_mask = padded(PROMPTS[:1])
+    torch.manual_seed(0)
+    ids, _, _ = grpo.rollout(
+        model, prompt_ids, prompt_mask, samples_per_prompt=40_000, max_new_tokens=1, temperature=temperature
+    )
+    probabilities = (model(prompt_ids).logits[0, -1] / temperature).softmax(-1)
+    expected = probabilities * len(ids)
+    observed = torch.bincount(ids[:, 0], minlength=300).float()
+    common_tokens = expected >= 5  # the rest in one cell, as the test's approximation asks for
+    expected = torch.cat([expected[common_tokens], expected[~common_tokens].sum(0, keepdim=True) + 1e-9])
+    observed = torch.cat([observed[common_tokens], observed[~common_tokens].sum(0, keepdim=True)])
+    cells = len(expected)
+    assert cells > 100
+    statistic = ((observed - expected).square() / expected).sum().item()
+    assert statistic < cells - 1 + 4 * (2 * (cells - 1)) ** 0.5

@@ -1,0 +1,134 @@
+"""Whole runs: each script learns from the embedded default, and runs on a chat model with a data file of its own."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import grpo
+import ppo
+import reinforce
+import sft
+
+import pytest
+import torch
+
+REPO = Path(__file__).parent.parent
+SCRIPTS = {"sft": sft, "reinforce": reinforce, "ppo": ppo, "grpo": grpo}
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# steps, and the held-out accuracy that they must reach from at most 0.35
+@pytest.mark.parametrize(
+    ("script", "steps", "target"), [("sft", 40, 0.8), ("reinforce", 50, 0.6), ("ppo", 30, 0.6), ("grpo", 40, 0.6)]
+)
+def test_learns(script, steps, target, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, REPO / f"{script}.py", "--num-steps", steps, "--eval-every", "20", "--output-dir", out]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pattern = rf"{script}: held-out accuracy (\d\.\d+) -> (\d\.\d+) in \d+ s, model in {re.escape(str(out))}/model"
+    before, after = map(float, re.fullmatch(pattern, done.stdout.strip().splitlines()[-1]).groups())
+    assert 0.15 <= before <= 0.35 and after >= target
+    metrics = read_jsonl(out / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(steps + 1))
+    assert json.loads((out / "args.json").read_text())["num_steps"] == steps
+    assert {row["step"] for row in read_jsonl(out / "samples.jsonl")} >= {0, steps}
+    names = {name for row in metrics for name in row}
+    assert {"eval/accuracy", "tokens_per_second", "time/update", "completion/length"} <= names
+    if script != "sft":
+        assert {
+            "reward/mean",
+            "reward/exact_answer",
+            "completion/truncated",
+            "group/zero_std",
+            "policy/entropy",
+        } <= names
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_chat_model_with_own_data(script, tmp_path, chat_model, chat_data):
+    """Absolute positions, a padded vocabulary, pad equal to EOS, a chat template; then a rerun from the saved model."""
+    module, folder = SCRIPTS[script], chat_model
+    for run in ("first", "second"):
+        args = module.Args(model=folder, data=chat_data, num_steps=2, prompts_per_step=4, eval_every=1)
+        args.output_dir, args.max_new_tokens, args.micro_batch_size = str(tmp_path / run), 6, 5
+        args.reward, args.reward_weights = ("exact_answer", "length"), (1.0, 0.1)
+        module.main(args)
+        assert all(map(torch.isfinite, map(torch.tensor, read_jsonl(tmp_path / run / "metrics.jsonl")[-1].values())))
+        samples = read_jsonl(tmp_path / run / "samples.jsonl")
+        assert all(row["prompt"].startswith("<user>add") or row["prompt"].startswith("<user>") for row in samples)
+        assert all(row["prompt"].endswith("<assistant>") and {"exact_answer", "length"} <= set(row) for row in samples)
+        before = common.load_model(folder, torch.device("cpu"))[0].state_dict()
+        after = common.load_model(str(tmp_path / run / "model"), torch.device("cpu"))[0].state_dict()
+        assert any((before[name] != after[name]).any() for name in before)
+        folder = str(tmp_path / run / "model")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_micro_batch_size_changes_nothing(script, tmp_path):
+    results = []
+    for size in (32, 5):
+        args = SCRIPTS[script].Args(
+            num_steps=3, prompts_per_step=4, eval_every=3, eval_prompts=8, micro_batch_size=size
+        )
+        args.output_dir = str(tmp_path / str(size))
+        results.append(SCRIPTS[script].main(args))
+    for name in ("loss/sft", "loss/policy", "loss/value", "kl/ref", "kl/old", "reward/mean"):
+        if name in results[0]:
+            assert results[0][name] == pytest.approx(results[1][name], abs=1e-4), name
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "gspo", "cispo"])
+def test_grpo_loss_types_run_over_several_updates(loss_type, tmp_path):
+    args = grpo.Args(num_steps=3, prompts_per_step=4, num_epochs=2, num_minibatches=2, loss_type=loss_type)
+    args.eval_every, args.eval_prompts, args.overlong_buffer = 3, 8, 4
+    args.learning_rate, args.output_dir = 1e-3, str(tmp_path / "run")
+    metrics = grpo.main(args)
+    assert metrics["kl/old"] > 0  # old log-probs are frozen while the policy moves
+    assert metrics["policy/clip_frac"] > 0 or loss_type == "cispo"
+    assert "kl/ref" not in metrics  # no reference model where the paper has none
+    recorded = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (recorded["clip_low"], recorded["clip_high"]) == grpo.PAPER_SETTINGS[loss_type][:2]
+
+
+def test_ppo_stops_a_rollouts_updates_at_target_kl(tmp_path):
+    args = ppo.Args(num_steps=2, prompts_per_step=4, num_epochs=8, target_kl=1e-6, eval_every=9, eval_prompts=8)
+    args.learning_rate, args.output_dir = 1e-3, str(tmp_path / "run")
+    stopped = ppo.main(args)
+    args.target_kl, args.output_dir = None, str(tmp_path / "free")
+    assert stopped["kl/old"] < 0.5 * ppo.main(args)["kl/old"]
+
+
+def test_same_seed_same_weights(tmp_path):
+    weights = []
+    for run in ("a", "b"):
+        grpo.main(grpo.Args(num_steps=3, prompts_per_step=4, eval_prompts=8, output_dir=str(tmp_path / run)))
+        weights.append(common.load_model(str(tmp_path / run / "model"), torch.device("cpu"))[0].state_dict())
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious\n")
+    with pytest.raises(SystemExit, match="already holds a run"):
+        sft.main(sft.Args(output_dir=str(tmp_path)))
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+
+
+def test_copies_are_equal():
+    """A function that stands in several scripts under one name is the same to the letter, but for each algorithm's own."""
+    own = {"compute_advantages", "policy_loss", "main", "Args"}
+    seen = {}
+    for script in SCRIPTS:
+        source = (REPO / f"{script}.py").read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and node.name not in own:
+                text = ast.get_source_segment(source, node)
+                assert seen.setdefault(node.name, text) == text, f"{script}.py: {node.name} drifted"
+    assert {"rollout", "token_logprobs", "evaluate"} <= set(seen)
