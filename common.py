@@ -4,12 +4,11 @@ A mistake that a user can make ends in SystemExit with one line: what is wrong, 
 """
 
 import hashlib
-import importlib.util
 import itertools
 import json
-import math
 import os
 import re
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -30,21 +29,16 @@ transformers.utils.logging.disable_progress_bar()
 Row = dict  # one line of data: "prompt" and any further columns
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else Apple's MPS, else the CPU; any other name is torch's own."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.autocast]:
+    """The device, `auto` being CUDA, else MPS, else the CPU, and the context of forward passes: bfloat16 on CUDA.
 
-
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Context for forward passes: `auto` is bfloat16 on CUDA and float32 elsewhere.
-
-    Parameters stay float32 in each case: AdamW on bfloat16 parameters rounds nearly every step of an RL-sized learning
-    rate away (NVIDIA-NeMo/RL#2322).
+    Parameters stay float32: AdamW on bfloat16 ones rounds nearly every RL-sized step away (NVIDIA-NeMo/RL#2322).
     """
-    enabled = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = torch.device(device).type
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and kind == "cuda")
+    return torch.device(device), torch.autocast(kind, torch.bfloat16, enabled=bfloat16)
 
 
 def load_model(path: str, device: torch.device):
@@ -222,7 +216,7 @@ def find_number(text: str) -> str | None:
     Nothing is converted, so a hostile completion of a million digits costs no more than reading it.
     """
     _, marker, tail = text.rpartition("####")
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", tail.replace(",", ""))
+    numbers = re.findall(r"(?:(?<!\d)-)?\d+(?:\.\d+)?", tail.replace(",", ""))
     if not numbers:
         return None
     number = numbers[0 if marker else -1]
@@ -275,24 +269,19 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
         file, _, function = name.rpartition(":")
         if name not in REWARDS and not Path(file).is_file():
             raise SystemExit(f"--reward {name}: neither one of {', '.join(REWARDS)} nor an existing file.py:function")
-        if name not in REWARDS:
-            spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            if not hasattr(module, function):
-                raise SystemExit(f"--reward {name}: {file} has no function {function}")
-        functions[function or name] = REWARDS.get(name) or getattr(module, function)
+        functions[function] = REWARDS[name] if name in REWARDS else runpy.run_path(file).get(function)
+        if functions[function] is None:
+            raise SystemExit(f"--reward {name}: {file} has no function {function}")
 
     def score(rows: list[Row], texts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         prompts = [row["prompt"] for row in rows]
-        answers = list(texts)
-        for index, prompt in enumerate(prompts):  # like TRL: a string is answered by a string, messages by a message
-            if not isinstance(prompt, str):
-                answers[index] = [{"role": "assistant", "content": texts[index]}]
+        # like TRL, a string is answered by a string and a list of messages by a message
+        turns = [[{"role": "assistant", "content": text}] for text in texts]
+        completions = [text if isinstance(prompt, str) else turn for prompt, text, turn in zip(prompts, texts, turns)]
         columns = {name: [row.get(name) for row in rows] for row in rows[:1] for name in row if name != "prompt"}
         total, scored, components = torch.zeros(len(rows)), torch.zeros(len(rows)), {}
         for weight, (name, function) in zip(weights or [1.0] * len(names), functions.items()):
-            values = function(prompts, answers, **columns)
+            values = function(prompts, completions, **columns)
             if len(values) != len(rows):
                 raise SystemExit(f"--reward {name}: returned {len(values)} values for {len(rows)} completions")
             components[name] = torch.tensor([float("nan") if value is None else float(value) for value in values])
@@ -313,13 +302,15 @@ class Run:
             raise SystemExit(f"--output-dir {self.dir}: already holds a run; give another folder or remove it")
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        self.files = {name: (self.dir / f"{name}.jsonl").open("w") for name in ("metrics", "samples")}
+        files = {name: self.dir / f"{name}.jsonl" for name in ("metrics", "samples")}
+        self.files = {name: file.open("w", encoding="utf-8") for name, file in files.items()}
         torch.manual_seed(args.seed)
         self.start = time.perf_counter()
         self.last, self.accuracies = {}, []
         self.bar = tqdm(total=args.num_steps, desc=self.name, dynamic_ncols=True)
 
     def write(self, file: str, record: dict) -> None:
+        record = {name: None if value != value else value for name, value in record.items()}  # JSON has no NaN
         self.files[file].write(json.dumps(record, ensure_ascii=False) + "\n")
         self.files[file].flush()
 
@@ -337,7 +328,6 @@ class Run:
         """Append as many completions as there are prompts to samples.jsonl, each with every reward component."""
         for index, (prompt, completion) in enumerate(zip(prompts, completions)):
             scores = {name: values[index].item() for name, values in components.items()}
-            scores = {name: None if math.isnan(value) else value for name, value in scores.items()}
             self.write("samples", {"step": step, "phase": phase, "prompt": prompt, "completion": completion, **scores})
 
     def finish(self, model, tokenizer) -> dict[str, float]:

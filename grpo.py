@@ -91,7 +91,7 @@ class Args:
     kl_estimator: Literal["k3", "k2"] = "k3"
     """of that KL"""
     overlong_buffer: int = 0
-    """completions lose up to 1 reward over their last so many tokens (arXiv 2503.14476, eq. 13)"""
+    """a completion loses up to 1 reward over the last so many tokens it may have (arXiv 2503.14476, eq. 13)"""
 
 
 PAPER_SETTINGS = {  # clip_low, clip_high, scale, beta
@@ -248,8 +248,7 @@ def main(args: Args) -> dict[str, float]:
     settings = [paper if flag is None else flag for flag, paper in zip(given, PAPER_SETTINGS[args.loss_type])]
     args.clip_low, args.clip_high, args.scale, args.beta = settings
     run = common.Run(args)
-    device = common.pick_device(args.device)
-    autocast = common.autocast(device, args.dtype)
+    device, autocast = common.pick_device(args.device, args.dtype)
     model, tokenizer = common.load_model(args.model, device)
     ref_model = common.load_model(args.model, device)[0] if args.beta else None
     stop_ids = torch.tensor(model.generation_config.eos_token_id, device=device)
@@ -288,10 +287,9 @@ def main(args: Args) -> dict[str, float]:
         metrics = {}
 
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
-        if args.overlong_buffer:
-            rewards -= (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / args.overlong_buffer
-        advantages = compute_advantages(rewards, samples_per_prompt=G, scale=args.scale)  # [B]
-        minibatches = [rows for _ in range(args.num_epochs) for rows in torch.randperm(B).chunk(args.num_minibatches)]
+        over = (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / max(1, args.overlong_buffer)
+        advantages = compute_advantages(rewards - over, samples_per_prompt=G, scale=args.scale)  # [B]
+        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(B).chunk(args.num_minibatches)]
         old_logprobs = ref_logprobs = torch.zeros_like(completion_mask)  # [B, T]
         with torch.no_grad(), autocast:
             if len(minibatches) > 1:  # else they are by definition those of the update itself

@@ -235,8 +235,7 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
     run = common.Run(args)
-    device = common.pick_device(args.device)
-    autocast = common.autocast(device, args.dtype)
+    device, autocast = common.pick_device(args.device, args.dtype)
     model, tokenizer = common.load_model(args.model, device)
     ref_model = common.load_model(args.model, device)[0] if args.kl_coef else None
     stop_ids = torch.tensor(model.generation_config.eos_token_id, device=device)
@@ -276,7 +275,7 @@ def main(args: Args) -> dict[str, float]:
         metrics = {}
 
         # 3. rewards, values and advantages per token; the log-probs that the update starts from
-        minibatches = [rows for _ in range(args.num_epochs) for rows in torch.randperm(B).chunk(args.num_minibatches)]
+        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(B).chunk(args.num_minibatches)]
         ref_logprobs = sampled_logprobs
         with torch.no_grad(), autocast:
             old_logprobs = [token_logprobs(model, *chunk, temperature=args.temperature) for chunk in chunks]

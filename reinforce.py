@@ -174,8 +174,7 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
     run = common.Run(args)
-    device = common.pick_device(args.device)
-    autocast = common.autocast(device, args.dtype)
+    device, autocast = common.pick_device(args.device, args.dtype)
     model, tokenizer = common.load_model(args.model, device)
     ref_model = common.load_model(args.model, device)[0] if args.kl_coef else None
     stop_ids = torch.tensor(model.generation_config.eos_token_id, device=device)

@@ -1,7 +1,7 @@
 """Draw one or several runs into one picture: accuracy, reward, KL, entropy, length and speed, over steps.
 
-    pip install -r benchmarks/requirements.txt
-    python benchmarks/plot.py runs/ppo-... runs/grpo-... --output docs/run.png
+pip install -r benchmarks/requirements.txt
+python benchmarks/plot.py runs/ppo-... runs/grpo-... --output docs/run.png
 """
 
 import json

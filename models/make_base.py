@@ -1,15 +1,16 @@
-"""Rebuild models/arithmetic, the base model that every script starts from by default: about four minutes on two cores.
+"""Rebuild models/arithmetic, the base model that every script starts from by default: some minutes on two cores.
 
     python models/make_base.py --output-dir models/arithmetic
 
-A Llama of 0.8 M parameters whose tokens are bytes is trained by sft.py on sums that get every carry right in about a
-third of the lines and forget them all in the rest (37 + 48 is 85 or 75), without the held-out problems, and stopped
-before it knows even that for good. So it answers a third of the problems rightly, and more of them when sampled: the way
-a pretrained model has half-learned a thing, for reinforcement learning to bring out.
+A Llama of 0.8 M parameters whose tokens are bytes, trained by sft.py in two stages, without the held-out problems: first
+on right sums, then on lines that mostly forget the carry (37 + 48 is 75): a third of them are still right, those
+with nothing to carry among them. It ends up like a pretrained model that has read many a wrong thing: its most likely
+answer is right where there is nothing to carry, and the right one is within reach of sampling elsewhere.
 """
 
 import json
 import random
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -30,10 +31,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 class Args:
     output_dir: str = "runs/base"
     """folder for the checkpoint"""
-    num_steps: int = 1200
-    """optimizer steps"""
-    right_share: float = 0.3
-    """share of the training lines that carry rightly"""
+    stages: tuple[int, int] = (800, 400)
+    """optimizer steps on right sums, and on forgetful ones"""
+    carry_share: float = 0.1
+    """share of the forgetful lines that carry all the same"""
     seed: int = 0
     """of the initial weights, the slips and the order of the lines"""
 
@@ -66,35 +67,25 @@ def main(args: Args) -> None:
     slips = random.Random(args.seed)
     problems, held_out = common.load_data("arithmetic", "", 1000, columns=())
     lines = []
-    for _ in range(12):  # different slips each time, or the model would learn them by heart
+    for _ in range(4):  # different slips each time, or the model could learn them by heart
         for row in problems:
             a, b = map(int, row["prompt"].removeprefix("What is ").removesuffix("?").split(" + "))
-            result = a + b if slips.random() < args.right_share else common.without_carry(a, b)
+            result = a + b if slips.random() < args.carry_share else common.without_carry(a, b)
             lines.append({"prompt": row["prompt"], "completion": f" {result}"})
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(config).save_pretrained(f"{folder}/untrained")
-        tokenizer.save_pretrained(f"{folder}/untrained")
-        for name, rows in (("train", lines), ("eval", held_out)):
+        for name, rows in (("right", problems), ("forgetful", lines), ("eval", held_out)):
             Path(folder, f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        sft.main(
-            sft.Args(
-                model=f"{folder}/untrained",
-                data=f"{folder}/train.jsonl",
-                eval_data=f"{folder}/eval.jsonl",
-                num_steps=args.num_steps,
-                prompts_per_step=128,
-                micro_batch_size=128,
-                learning_rate=1.5e-3,
-                warmup_steps=100,
-                eval_every=100,
-                eval_prompts=1000,
-                seed=args.seed,
-                output_dir=f"{folder}/run",
-            )
-        )
-        model, tokenizer = common.load_model(f"{folder}/run/model", torch.device("cpu"))
-        model.save_pretrained(args.output_dir)
-        tokenizer.save_pretrained(args.output_dir)
+        path = f"{folder}/untrained"
+        LlamaForCausalLM(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        for name, num_steps in zip(("right", "forgetful"), args.stages):
+            stage = sft.Args(model=path, data=f"{folder}/{name}.jsonl", eval_data=f"{folder}/eval.jsonl")
+            stage.num_steps, stage.prompts_per_step, stage.micro_batch_size = num_steps, 128, 128
+            stage.learning_rate, stage.warmup_steps, stage.eval_every = 1.5e-3, 100, 100
+            stage.seed, stage.output_dir = args.seed, f"{folder}/{name}"
+            sft.main(stage)
+            path = f"{folder}/{name}/model"
+        shutil.copytree(path, args.output_dir, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

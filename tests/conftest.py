@@ -44,7 +44,7 @@ def tokenizer():
 
 @pytest.fixture
 def chat_model(tmp_path, tokenizer):
-    """A folder with a random GPT-2 whose vocabulary is padded, whose pad is its EOS and whose tokenizer has a template."""
+    """A folder with a random GPT-2: a padded vocabulary, pad equal to EOS, a tokenizer with a chat template."""
     tokenizer.chat_template = CHAT_TEMPLATE
     folder = tmp_path / "chat_model"
     random_model("gpt2").save_pretrained(folder)

@@ -55,6 +55,7 @@ def test_batches_visit_every_row_once_an_epoch():
         ("so 3 + 4 = 7", "7"),
         ("2 and 5 #### 1,200.50 apples, not 3", "1200.5"),
         ("-007", "-7"),
+        ("from 17-20", "20"),
         ("-0.0", "0"),
         ("none", None),
         ("####", None),

@@ -60,7 +60,7 @@ def test_unscored_completions_take_no_part():
 
 @pytest.mark.parametrize("baseline", ["none", "mean", "leave_one_out"])
 def test_reinforce_gradient_is_exact_in_expectation(baseline):
-    """Every pair of completions of a 4-token model enumerated: the mean gradient is that of the expected reward, shrunk by
+    """Every pair of completions of a 4-token model, enumerated: the mean gradient is the expected reward's, shrunk by
     (G - 1) / G for the full mean."""
     model = random_model("llama", vocab_size=4).double()
     completions = [[0]] + [[a, b] for a in (1, 2, 3) for b in range(4)]

@@ -122,7 +122,7 @@ def test_a_run_is_never_overwritten(tmp_path):
 
 
 def test_copies_are_equal():
-    """A function that stands in several scripts under one name is the same to the letter, but for each algorithm's own."""
+    """A function that several scripts have under one name is the same to the letter, but for the algorithm's own."""
     own = {"compute_advantages", "policy_loss", "main", "Args"}
     seen = {}
     for script in SCRIPTS:
