@@ -292,10 +292,17 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
     return score
 
 
+POSITIVE = ("prompts_per_step", "samples_per_prompt", "micro_batch_size", "max_new_tokens", "temperature", "eval_every")
+POSITIVE += ("eval_prompts", "num_epochs", "num_minibatches")
+
+
 class Run:
     """The output folder of a run (args.json, metrics.jsonl, samples.jsonl, model/), its seed and its progress bar."""
 
     def __init__(self, args) -> None:
+        for name in POSITIVE:
+            if getattr(args, name, 1) <= 0:
+                raise SystemExit(f"--{name.replace('_', '-')}: {getattr(args, name)}, but it must be more than 0")
         self.name = Path(sys.modules[type(args).__module__].__file__).stem
         self.dir = Path(args.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if (self.dir / "metrics.jsonl").exists():

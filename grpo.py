@@ -46,7 +46,7 @@ class Args:
     """one or several of exact_answer, format, length, file.py:function"""
     reward_weights: tuple[float, ...] = ()
     """one weight for each reward; 1 each without it"""
-    num_steps: int = 100
+    num_steps: int = 150
     """rollouts, each followed by its update"""
     prompts_per_step: int = 16
     """prompts in a rollout"""
@@ -58,7 +58,7 @@ class Args:
     """tokens in a completion, its stop token included"""
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-prob"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """AdamW's at the first step; it falls linearly to 0"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
@@ -94,12 +94,12 @@ class Args:
     """a completion loses up to 1 reward over the last so many tokens it may have (arXiv 2503.14476, eq. 13)"""
 
 
-PAPER_SETTINGS = {  # clip_low, clip_high, scale, beta
-    "grpo": (0.2, 0.2, "std", 0.04),
-    "dapo": (0.2, 0.28, "std", 0.0),
-    "dr_grpo": (0.2, 0.2, "none", 0.0),
-    "gspo": (3e-4, 4e-4, "std", 0.0),
-    "cispo": (1.0, 4.0, "std", 0.0),  # no lower bound; the upper one is TRL's epsilon_high of 5 (arXiv 2510.13786)
+PAPER_SETTINGS = {
+    "grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "std", "beta": 0.04},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "scale": "std", "beta": 0.0},
+    "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "none", "beta": 0.0},
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "scale": "std", "beta": 0.0},
+    "cispo": {"clip_low": 1.0, "clip_high": 4.0, "scale": "std", "beta": 0.0},  # r in 0 .. 5 (arXiv 2510.13786)
 }
 
 
@@ -244,9 +244,11 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
 
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
-    given = (args.clip_low, args.clip_high, args.scale, args.beta)
-    settings = [paper if flag is None else flag for flag, paper in zip(given, PAPER_SETTINGS[args.loss_type])]
-    args.clip_low, args.clip_high, args.scale, args.beta = settings
+    if args.samples_per_prompt < 2:
+        raise SystemExit("--samples-per-prompt: a completion is compared with others of its prompt, so give 2 or more")
+    for name, setting in PAPER_SETTINGS[args.loss_type].items():
+        if getattr(args, name) is None:
+            setattr(args, name, setting)
     run = common.Run(args)
     device, autocast = common.pick_device(args.device, args.dtype)
     model, tokenizer = common.load_model(args.model, device)
@@ -289,7 +291,8 @@ def main(args: Args) -> dict[str, float]:
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
         over = (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / max(1, args.overlong_buffer)
         advantages = compute_advantages(rewards - over, samples_per_prompt=G, scale=args.scale)  # [B]
-        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(B).chunk(args.num_minibatches)]
+        passes = [torch.randperm(B).to(device) for _ in range(args.num_epochs)]
+        minibatches = [minibatch for order in passes for minibatch in order.chunk(args.num_minibatches)]
         old_logprobs = ref_logprobs = torch.zeros_like(completion_mask)  # [B, T]
         with torch.no_grad(), autocast:
             if len(minibatches) > 1:  # else they are by definition those of the update itself
@@ -307,7 +310,7 @@ def main(args: Args) -> dict[str, float]:
         for minibatch in minibatches:
             tokens = completion_mask[minibatch].sum()
             normalizer = loss_normalizer(completion_mask[minibatch], args.loss_type, args.max_new_tokens)
-            for micro in minibatch.to(device).split(args.micro_batch_size):
+            for micro in minibatch.split(args.micro_batch_size):
                 mask, ref = completion_mask[micro], ref_logprobs[micro]
                 with autocast:
                     logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
@@ -317,9 +320,9 @@ def main(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     ratio = compute_ratio(logprobs, old, mask, loss_type=args.loss_type)
                     clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
-                    stats["loss/policy"] += loss.item()
-                    stats["policy/clip_frac"] += (clipped * mask).sum().item() / tokens.item()
-                    stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum().item() / tokens.item()
+                    stats["loss/policy"] += loss
+                    stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
+                    stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

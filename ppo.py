@@ -45,7 +45,7 @@ class Args:
     """one or several of exact_answer, format, length, file.py:function"""
     reward_weights: tuple[float, ...] = ()
     """one weight for each reward; 1 each without it"""
-    num_steps: int = 100
+    num_steps: int = 80
     """rollouts, each followed by its update"""
     prompts_per_step: int = 16
     """prompts in a rollout"""
@@ -57,7 +57,7 @@ class Args:
     """tokens in a completion, its stop token included"""
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-prob"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """AdamW's at the first step; it falls linearly to 0"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
@@ -275,7 +275,8 @@ def main(args: Args) -> dict[str, float]:
         metrics = {}
 
         # 3. rewards, values and advantages per token; the log-probs that the update starts from
-        minibatches = [part for _ in range(args.num_epochs) for part in torch.randperm(B).chunk(args.num_minibatches)]
+        passes = [torch.randperm(B).to(device) for _ in range(args.num_epochs)]
+        minibatches = [minibatch for order in passes for minibatch in order.chunk(args.num_minibatches)]
         ref_logprobs = sampled_logprobs
         with torch.no_grad(), autocast:
             old_logprobs = [token_logprobs(model, *chunk, temperature=args.temperature) for chunk in chunks]
@@ -307,7 +308,7 @@ def main(args: Args) -> dict[str, float]:
         for minibatch in minibatches:
             tokens = completion_mask[minibatch].sum()
             kl_before = stats["kl/old"]
-            for micro in minibatch.to(device).split(args.micro_batch_size):
+            for micro in minibatch.split(args.micro_batch_size):
                 mask, old, old_v = completion_mask[micro], old_logprobs[micro], old_values[micro]
                 with autocast:
                     logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
@@ -322,10 +323,10 @@ def main(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     ratio = (logprobs - old).exp()
                     clipped = (ratio < 1 - args.clip_range) | (ratio > 1 + args.clip_range)
-                    stats["loss/policy"] += loss.item()
-                    stats["loss/value"] += loss_v.item()
-                    stats["policy/clip_frac"] += (clipped * mask).sum().item() / tokens.item()
-                    stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum().item() / tokens.item()
+                    stats["loss/policy"] += loss
+                    stats["loss/value"] += loss_v
+                    stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
+                    stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens
             updates += 1
             if args.target_kl and stats["kl/old"] - kl_before > args.target_kl:
                 optimizer.zero_grad()

@@ -41,7 +41,7 @@ class Args:
     """one or several of exact_answer, format, length, file.py:function"""
     reward_weights: tuple[float, ...] = ()
     """one weight for each reward; 1 each without it"""
-    num_steps: int = 100
+    num_steps: int = 150
     """rollouts, each followed by its update"""
     prompts_per_step: int = 16
     """prompts in a rollout"""
@@ -53,7 +53,7 @@ class Args:
     """tokens in a completion, its stop token included"""
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-prob"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """AdamW's at the first step; it falls linearly to 0"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
@@ -173,6 +173,8 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
 
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
+    if args.samples_per_prompt < 2 and args.baseline != "none":
+        raise SystemExit("--samples-per-prompt: a completion is compared with others of its prompt, so give 2 or more")
     run = common.Run(args)
     device, autocast = common.pick_device(args.device, args.dtype)
     model, tokenizer = common.load_model(args.model, device)
@@ -229,7 +231,7 @@ def main(args: Args) -> dict[str, float]:
                 logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
             loss = policy_loss(logprobs, advantages[micro], completion_mask[micro], normalizer=normalizer)
             loss.backward()
-            metrics["loss/policy"] += loss.item()
+            metrics["loss/policy"] += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -36,7 +36,7 @@ class Args:
     """of the evaluation: one or several of exact_answer, format, length, file.py:function"""
     reward_weights: tuple[float, ...] = ()
     """one weight for each reward; 1 each without it"""
-    num_steps: int = 200
+    num_steps: int = 100
     """optimizer steps"""
     prompts_per_step: int = 64
     """rows in an optimizer step"""
@@ -44,7 +44,7 @@ class Args:
     """sequences in one forward and backward pass; changes memory, never the result"""
     max_new_tokens: int = 8
     """tokens in a sampled completion, its stop token included"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """AdamW's at the first step; it falls linearly to 0"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
@@ -54,7 +54,7 @@ class Args:
     """auto is CUDA, else MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of forward passes: auto is bfloat16 on CUDA, float32 elsewhere; parameters are always float32"""
-    eval_every: int = 20
+    eval_every: int = 10
     """steps between evaluations"""
     eval_prompts: int = 500
     """held-out prompts in an evaluation, at most"""
@@ -194,7 +194,7 @@ def main(args: Args) -> dict[str, float]:
                 logprobs = token_logprobs(model, *(x[micro] for x in batch))  # [b, T]
             loss = sft_loss(logprobs, completion_mask[micro], normalizer=normalizer)
             loss.backward()
-            metrics["loss/sft"] += loss.item()
+            metrics["loss/sft"] += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -26,7 +26,7 @@ def read_jsonl(path):
 
 # steps, and the held-out accuracy that they must reach from at most 0.35
 @pytest.mark.parametrize(
-    ("script", "steps", "target"), [("sft", 40, 0.8), ("reinforce", 50, 0.6), ("ppo", 30, 0.6), ("grpo", 40, 0.6)]
+    ("script", "steps", "target"), [("sft", 40, 0.9), ("reinforce", 60, 0.7), ("ppo", 40, 0.7), ("grpo", 60, 0.7)]
 )
 def test_learns(script, steps, target, tmp_path):
     out = tmp_path / "run"
@@ -95,12 +95,12 @@ def test_grpo_loss_types_run_over_several_updates(loss_type, tmp_path):
     assert metrics["policy/clip_frac"] > 0 or loss_type == "cispo"
     assert "kl/ref" not in metrics  # no reference model where the paper has none
     recorded = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert (recorded["clip_low"], recorded["clip_high"]) == grpo.PAPER_SETTINGS[loss_type][:2]
+    assert {name: recorded[name] for name in grpo.PAPER_SETTINGS[loss_type]} == grpo.PAPER_SETTINGS[loss_type]
 
 
 def test_ppo_stops_a_rollouts_updates_at_target_kl(tmp_path):
-    args = ppo.Args(num_steps=2, prompts_per_step=4, num_epochs=8, target_kl=1e-6, eval_every=9, eval_prompts=8)
-    args.learning_rate, args.output_dir = 1e-3, str(tmp_path / "run")
+    args = ppo.Args(num_steps=1, prompts_per_step=4, num_epochs=8, target_kl=1e-6, eval_prompts=8)
+    args.output_dir = str(tmp_path / "run")
     stopped = ppo.main(args)
     args.target_kl, args.output_dir = None, str(tmp_path / "free")
     assert stopped["kl/old"] < 0.5 * ppo.main(args)["kl/old"]
@@ -119,6 +119,17 @@ def test_a_run_is_never_overwritten(tmp_path):
     with pytest.raises(SystemExit, match="already holds a run"):
         sft.main(sft.Args(output_dir=str(tmp_path)))
     assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [("reinforce", {"samples_per_prompt": 1}), ("grpo", {"samples_per_prompt": 1}), ("ppo", {"temperature": 0.0})],
+)
+def test_flags_that_cannot_work_are_refused(script, flags, tmp_path):
+    name = next(iter(flags)).replace("_", "-")
+    with pytest.raises(SystemExit, match=f"--{name}"):
+        SCRIPTS[script].main(SCRIPTS[script].Args(output_dir=str(tmp_path / "run"), **flags))
+    assert not (tmp_path / "run").exists()
 
 
 def test_copies_are_equal():
