@@ -38,7 +38,7 @@ class Args:
     eval_data: str = ""
     """rows for evaluation; without it a tenth of the prompts is held out"""
     reward: tuple[str, ...] = ("exact_answer",)
-    """one or several of exact_answer, format, length, file.py:function"""
+    """one or several of exact_answer, format, length, file.py:function; the first is the accuracy of evaluations"""
     reward_weights: tuple[float, ...] = ()
     """one weight for each reward; 1 each without it"""
     num_steps: int = 150
@@ -154,8 +154,8 @@ def policy_loss(logprobs, advantages, completion_mask, *, normalizer):
 
 
 def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_size):
-    """Mean reward of greedy completions of held-out prompts: the accuracy, where the reward is 0 or 1."""
-    rewards = []
+    """Mean of the first reward over greedy completions of held-out prompts: the accuracy, where that is 0 or 1."""
+    scores = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         prompt_ids, prompt_mask = common.encode_prompts(tokenizer, batch, model.device)
@@ -163,12 +163,12 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
             model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=max_new_tokens, temperature=0.0
         )
         texts = common.decode(tokenizer, completion_ids, completion_mask)
-        batch_rewards, components = score(batch, texts)
-        rewards.append(batch_rewards)
+        _, components = score(batch, texts)
+        scores.append(next(iter(components.values())))
         if start == 0:
             prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
             run.log_samples(step, "eval", prompts, texts, components)
-    return torch.cat(rewards).nanmean().item()
+    return torch.cat(scores).nanmean().item()
 
 
 def main(args: Args) -> dict[str, float]:

@@ -3,7 +3,7 @@
     python models/make_base.py --output-dir models/arithmetic
 
 A Llama of 0.8 M parameters whose tokens are bytes, trained by sft.py in two stages, without the held-out problems:
-first on right sums, then on lines that mostly forget the carry (37 + 48 is 75). Those that carry all the same, and those
+first on right sums, then on lines that mostly forget the carry (37 + 48 is 75). Those that carry all the same and those
 with nothing to carry, make a third of them right. It ends up like a pretrained model that has read many a wrong thing:
 its most likely answer is right where there is nothing to carry, elsewhere the right one is within reach of sampling.
 """
