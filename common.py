@@ -6,6 +6,7 @@ A mistake that a user can make ends in SystemExit with one line: what is wrong, 
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import runpy
@@ -17,7 +18,7 @@ from pathlib import Path
 
 # Threads spin while they wait for each other, which starves them once a core has other work: benchmarks/openmp.py
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 import transformers
@@ -36,6 +37,10 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.autocast]:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {device}: {str(error).splitlines()[0]}") from None
     kind = torch.device(device).type
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and kind == "cuda")
     return torch.device(device), torch.autocast(kind, torch.bfloat16, enabled=bfloat16)
@@ -69,7 +74,8 @@ def load_model(path: str, device: torch.device):
     stop_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     if not stop_ids:
         raise SystemExit(f"--model {path}: no stop token; set eos_token_id in its generation_config.json")
-    model.generation_config.eos_token_id = sorted(stop_ids)
+    # a new one: with the checkpoint's own sampling fields kept, saving could be refused after the training
+    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=min(stop_ids))
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits[..., :vocab_size])
     return model.to(device).eval(), tokenizer
@@ -103,7 +109,7 @@ def read_rows(source: str, columns: tuple[str, ...]) -> list[Row]:
         with open(source, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    rows.append(json.loads(line))
+                    rows += [json.loads(line)] if line.strip() else []
                 except json.JSONDecodeError as error:
                     raise SystemExit(f"{source}, line {number}: not JSON ({error})") from None
     elif source.endswith((".jsonl", ".json")):
@@ -114,7 +120,10 @@ def read_rows(source: str, columns: tuple[str, ...]) -> list[Row]:
         except ImportError:
             raise SystemExit(f"--data {source}: no such file; a hub data set needs `pip install datasets`") from None
         name, _, configuration = source.partition(":")
-        rows = list(datasets.load_dataset(name, configuration or None, split="train"))
+        try:
+            rows = list(datasets.load_dataset(name, configuration or None, split="train"))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--data {source}: {str(error).splitlines()[0]}") from None
     if not rows:
         raise SystemExit(f"--data {source}: has no rows")
     for number, row in enumerate(rows, 1):
@@ -216,7 +225,7 @@ def find_number(text: str) -> str | None:
     Nothing is converted, so a hostile completion of a million digits costs no more than reading it.
     """
     _, marker, tail = text.rpartition("####")
-    numbers = re.findall(r"(?:(?<!\d)-)?\d+(?:\.\d+)?", tail.replace(",", ""))
+    numbers = re.findall(r"(?:(?<!\d)-)?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", tail))
     if not numbers:
         return None
     number = numbers[0 if marker else -1]
@@ -235,9 +244,10 @@ def exact_answer(prompts: list, completions: list, **columns: list) -> list[floa
         raise SystemExit('--reward exact_answer: the data has no column "answer"; add it or choose another reward')
     scores = []
     for text, truth in zip(map(text_of, completions), truths):
-        truth = text_of(truth) if isinstance(truth, list) else str(truth)
-        number = find_number(truth)
-        scores.append(float(text.strip() == truth.strip() if number is None else find_number(text) == number))
+        truth = text_of(truth) if isinstance(truth, list) else truth and str(truth)
+        number = find_number(truth or "")
+        right = text.strip() == (truth or "").strip() if number is None else find_number(text) == number
+        scores.append(None if truth is None else float(right))
     return scores
 
 
@@ -269,6 +279,8 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
         file, _, function = name.rpartition(":")
         if name not in REWARDS and not Path(file).is_file():
             raise SystemExit(f"--reward {name}: neither one of {', '.join(REWARDS)} nor an existing file.py:function")
+        if function in functions:
+            raise SystemExit(f"--reward {name}: a second reward of the name {function}; rename one")
         functions[function] = REWARDS[name] if name in REWARDS else runpy.run_path(file).get(function)
         if functions[function] is None:
             raise SystemExit(f"--reward {name}: {file} has no function {function}")
@@ -278,7 +290,8 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
         # like TRL, a string is answered by a string and a list of messages by a message
         turns = [[{"role": "assistant", "content": text}] for text in texts]
         completions = [text if isinstance(prompt, str) else turn for prompt, text, turn in zip(prompts, texts, turns)]
-        columns = {name: [row.get(name) for row in rows] for row in rows[:1] for name in row if name != "prompt"}
+        names_seen = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+        columns = {name: [row.get(name) for row in rows] for name in names_seen}
         total, scored, components = torch.zeros(len(rows)), torch.zeros(len(rows)), {}
         for weight, (name, function) in zip(weights or [1.0] * len(names), functions.items()):
             values = function(prompts, completions, **columns)
@@ -305,7 +318,7 @@ class Run:
                 raise SystemExit(f"--{name.replace('_', '-')}: {getattr(args, name)}, but it must be more than 0")
         self.name = Path(sys.modules[type(args).__module__].__file__).stem
         self.dir = Path(args.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if (self.dir / "metrics.jsonl").exists():
+        if (self.dir / "metrics.jsonl").exists() and (self.dir / "metrics.jsonl").stat().st_size:
             raise SystemExit(f"--output-dir {self.dir}: already holds a run; give another folder or remove it")
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -317,7 +330,8 @@ class Run:
         self.bar = tqdm(total=args.num_steps, desc=self.name, dynamic_ncols=True)
 
     def write(self, file: str, record: dict) -> None:
-        record = {name: None if value != value else value for name, value in record.items()}  # JSON has no NaN
+        unwritable = (math.inf, -math.inf)  # and NaN, which JSON has not either
+        record = {name: None if value != value or value in unwritable else value for name, value in record.items()}
         self.files[file].write(json.dumps(record, ensure_ascii=False) + "\n")
         self.files[file].flush()
 

@@ -19,7 +19,7 @@ dynamic sampling (arXiv 2503.14476) is left out. Clip range, std and beta defaul
 
     python grpo.py
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
-        --micro-batch-size 8 --max-new-tokens 512
+        --micro-batch-size 8 --max-new-tokens 512 --eval-every 50 --eval-prompts 100
 
 A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; every column reaches the reward by name.
 """
@@ -118,7 +118,8 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
         input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids, use_cache=True, logits_to_keep=1
     )
     cache = output.past_key_values
-    cache.batch_repeat_interleave(samples_per_prompt)
+    rows = torch.arange(len(prompt_ids), device=prompt_ids.device).repeat_interleave(samples_per_prompt)
+    cache.reorder_cache(rows)  # which every kind of cache has, those of linear attention included
     logits = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)  # [B, V]
     mask = prompt_mask.repeat_interleave(samples_per_prompt, 0)
     mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], 1)  # [B, P+T]
@@ -136,7 +137,7 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
         if t + 1 == max_new_tokens or not going.any():
             break
         if not going.all():
-            cache.batch_select_indices(going)
+            cache.reorder_cache(going.nonzero()[:, 0])
             alive, token, mask = alive[going], token[going], mask[going]
         seen = mask[:, : P + t + 1]
         position_ids = seen.sum(1, keepdim=True) - 1
@@ -181,7 +182,7 @@ def compute_ratio(logprobs, old_logprobs, completion_mask, *, loss_type):
     if loss_type == "gspo":
         lengths = completion_mask.sum(1, keepdim=True).clamp(min=1)
         log_ratio = (log_ratio * completion_mask).sum(1, keepdim=True) / lengths
-    return log_ratio.exp()
+    return log_ratio.clamp(-20, 20).exp()  # an infinite ratio times an advantage of 0 is NaN
 
 
 def policy_loss(
@@ -220,7 +221,7 @@ def policy_loss(
 
 def loss_normalizer(completion_mask, loss_type, max_new_tokens):
     """What an optimizer batch's loss is divided by: its completions, its tokens, or the tokens it had room for."""
-    completions, tokens = completion_mask.any(1).sum(), completion_mask.sum()
+    completions, tokens = completion_mask.any(1).sum().clamp(min=1), completion_mask.sum().clamp(min=1)
     return {"dapo": tokens, "cispo": tokens, "dr_grpo": completions * max_new_tokens}.get(loss_type, completions)
 
 
@@ -283,7 +284,7 @@ def main(args: Args) -> dict[str, float]:
         texts = common.decode(tokenizer, completion_ids, completion_mask)
         rewards, components = score(rows, texts)
         rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
-        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update
+        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update, though its length is logged
         batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
         chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
         metrics = {}
@@ -293,7 +294,7 @@ def main(args: Args) -> dict[str, float]:
         advantages = compute_advantages(rewards - over, samples_per_prompt=G, scale=args.scale)  # [B]
         passes = [torch.randperm(B).to(device) for _ in range(args.num_epochs)]
         minibatches = [minibatch for order in passes for minibatch in order.chunk(args.num_minibatches)]
-        old_logprobs = ref_logprobs = torch.zeros_like(completion_mask)  # [B, T]
+        old_logprobs = ref_logprobs = torch.zeros_like(completion_mask)  # [B, T], and not read unless computed here
         with torch.no_grad(), autocast:
             if len(minibatches) > 1:  # else they are by definition those of the update itself
                 old_logprobs = [token_logprobs(model, *chunk, temperature=args.temperature) for chunk in chunks]
@@ -308,7 +309,7 @@ def main(args: Args) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.num_steps)
         stats = {"loss/policy": 0.0, "policy/clip_frac": 0.0, "kl/old": 0.0}
         for minibatch in minibatches:
-            tokens = completion_mask[minibatch].sum()
+            tokens = completion_mask[minibatch].sum().clamp(min=1)
             normalizer = loss_normalizer(completion_mask[minibatch], args.loss_type, args.max_new_tokens)
             for micro in minibatch.split(args.micro_batch_size):
                 mask, ref = completion_mask[micro], ref_logprobs[micro]

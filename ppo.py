@@ -11,14 +11,15 @@ where advantages come from generalised advantage estimation over a completion's 
 
 and are then whitened over all tokens of the rollout. A token's reward is -kl_coef (log pi - log pi_ref), plus the
 score on the stop token, after which V is 0. A completion that was cut off has not ended: the value of the state after
-its last token stands for what is missing, the score included.
+its last token stands for what is missing, the score included. So where none ends (completion/truncated is 1), no score
+is learned from: raise --max-new-tokens.
 
 Source: Schulman et al., arXiv 1707.06347, eq. 7; GAE: arXiv 1506.02438, eq. 16; for language models: arXiv 2203.02155
 and 2403.17031; arXiv 2509.04501, section on PPO. TRL differs: it puts the score one position after the stop token.
 
     python ppo.py
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
-        --value-learning-rate 1e-5 --micro-batch-size 8 --max-new-tokens 512
+        --value-learning-rate 1e-5 --micro-batch-size 8 --max-new-tokens 512 --eval-every 50 --eval-prompts 100
 
 A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; every column reaches the reward by name.
 """
@@ -129,7 +130,8 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
         input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids, use_cache=True, logits_to_keep=1
     )
     cache = output.past_key_values
-    cache.batch_repeat_interleave(samples_per_prompt)
+    rows = torch.arange(len(prompt_ids), device=prompt_ids.device).repeat_interleave(samples_per_prompt)
+    cache.reorder_cache(rows)  # which every kind of cache has, those of linear attention included
     logits = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)  # [B, V]
     mask = prompt_mask.repeat_interleave(samples_per_prompt, 0)
     mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], 1)  # [B, P+T]
@@ -147,7 +149,7 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
         if t + 1 == max_new_tokens or not going.any():
             break
         if not going.all():
-            cache.batch_select_indices(going)
+            cache.reorder_cache(going.nonzero()[:, 0])
             alive, token, mask = alive[going], token[going], mask[going]
         seen = mask[:, : P + t + 1]
         position_ids = seen.sum(1, keepdim=True) - 1
@@ -194,14 +196,15 @@ def compute_gae(token_rewards, values, completion_mask, *, gamma, gae_lambda, bo
 
 def whiten(advantages, completion_mask):
     """Mean 0 and variance 1 over all tokens of the mask, 0 elsewhere."""
-    mean = (advantages * completion_mask).sum() / completion_mask.sum()
-    variance = ((advantages - mean).square() * completion_mask).sum() / completion_mask.sum()
+    tokens = completion_mask.sum().clamp(min=1)
+    mean = (advantages * completion_mask).sum() / tokens
+    variance = ((advantages - mean).square() * completion_mask).sum() / tokens
     return (advantages - mean) * completion_mask / (variance + 1e-8).sqrt()
 
 
 def policy_loss(logprobs, old_logprobs, advantages, completion_mask, *, clip_range, normalizer):
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7); all [B, T], the normalizer is the optimizer batch's tokens."""
-    ratio = (logprobs - old_logprobs).exp()
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()  # an infinite ratio times an advantage of 0 is NaN
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
     return (loss * completion_mask).sum() / normalizer
@@ -269,7 +272,7 @@ def main(args: Args) -> dict[str, float]:
         texts = common.decode(tokenizer, completion_ids, completion_mask)
         rewards, components = score(rows, texts)
         rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
-        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update
+        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update, though its length is logged
         batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
         chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
         metrics = {}
@@ -277,18 +280,17 @@ def main(args: Args) -> dict[str, float]:
         # 3. rewards, values and advantages per token; the log-probs that the update starts from
         passes = [torch.randperm(B).to(device) for _ in range(args.num_epochs)]
         minibatches = [minibatch for order in passes for minibatch in order.chunk(args.num_minibatches)]
-        ref_logprobs = sampled_logprobs
         with torch.no_grad(), autocast:
             old_logprobs = [token_logprobs(model, *chunk, temperature=args.temperature) for chunk in chunks]
-            old_logprobs = torch.cat(old_logprobs)  # [B, T]
+            ref_logprobs = old_logprobs = torch.cat(old_logprobs)  # [B, T]; without a reference the KL is 0
             old_values = torch.cat([value_model(*chunk) for chunk in chunks])  # [B, T+1]
             if args.kl_coef:
                 ref_logprobs = [token_logprobs(ref_model, *chunk, temperature=args.temperature) for chunk in chunks]
                 ref_logprobs = torch.cat(ref_logprobs)
-                kl = (sampled_logprobs - ref_logprobs) * completion_mask  # [B, T]
+                kl = (old_logprobs - ref_logprobs) * completion_mask  # [B, T]
                 metrics["kl/ref"] = kl.sum() / completion_mask.sum()
         old_values, value_after = old_values[:, :-1], old_values[:, -1]  # [B, T], [B]: only truncated rows fill all T
-        token_rewards = -args.kl_coef * (sampled_logprobs - ref_logprobs) * completion_mask
+        token_rewards = -args.kl_coef * (old_logprobs - ref_logprobs) * completion_mask
         ends = torch.where(truncated, 0.0, rewards.nan_to_num())
         token_rewards.scatter_add_(1, lengths.long()[:, None] - 1, ends[:, None])
         advantages, returns = compute_gae(
@@ -306,7 +308,7 @@ def main(args: Args) -> dict[str, float]:
         optimizer.param_groups[1]["lr"] = args.value_learning_rate * (1 - (step - 1) / args.num_steps)
         stats, updates = {"loss/policy": 0.0, "loss/value": 0.0, "policy/clip_frac": 0.0, "kl/old": 0.0}, 0
         for minibatch in minibatches:
-            tokens = completion_mask[minibatch].sum()
+            tokens = completion_mask[minibatch].sum().clamp(min=1)
             kl_before = float(stats["kl/old"])
             for micro in minibatch.split(args.micro_batch_size):
                 mask, old, old_v = completion_mask[micro], old_logprobs[micro], old_values[micro]

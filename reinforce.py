@@ -10,11 +10,11 @@ With kl_coef, R_i is the score minus kl_coef sum_t (log pi - log pi_ref): the k1
 is that of KL(pi || pi_ref).
 
 Source: Williams 1992; arXiv 2509.04501, section on REINFORCE; leave-one-out and KL in the reward: Ahmadian et al.,
-arXiv 2402.14740, section 3. Simplified: each rollout serves one update, so there is no ratio and nothing to clip.
+arXiv 2402.14740. Simplified: each rollout serves one update, so there is no ratio and nothing to clip.
 
     python reinforce.py
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
-        --micro-batch-size 8 --max-new-tokens 512
+        --micro-batch-size 8 --max-new-tokens 512 --eval-every 50 --eval-prompts 100
 
 A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; every column reaches the reward by name.
 """
@@ -90,7 +90,8 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
         input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids, use_cache=True, logits_to_keep=1
     )
     cache = output.past_key_values
-    cache.batch_repeat_interleave(samples_per_prompt)
+    rows = torch.arange(len(prompt_ids), device=prompt_ids.device).repeat_interleave(samples_per_prompt)
+    cache.reorder_cache(rows)  # which every kind of cache has, those of linear attention included
     logits = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)  # [B, V]
     mask = prompt_mask.repeat_interleave(samples_per_prompt, 0)
     mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], 1)  # [B, P+T]
@@ -108,7 +109,7 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
         if t + 1 == max_new_tokens or not going.any():
             break
         if not going.all():
-            cache.batch_select_indices(going)
+            cache.reorder_cache(going.nonzero()[:, 0])
             alive, token, mask = alive[going], token[going], mask[going]
         seen = mask[:, : P + t + 1]
         position_ids = seen.sum(1, keepdim=True) - 1
@@ -207,24 +208,24 @@ def main(args: Args) -> dict[str, float]:
         texts = common.decode(tokenizer, completion_ids, completion_mask)
         rewards, components = score(rows, texts)
         rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
-        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update
+        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update, though its length is logged
         batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
         chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
         metrics = {}
 
         # 3. advantages, after the KL to the starting model is taken off the rewards
-        returns = rewards
+        shaped_rewards = rewards  # [B]
         if args.kl_coef:
             with torch.no_grad(), autocast:
                 ref_logprobs = [token_logprobs(ref_model, *chunk, temperature=args.temperature) for chunk in chunks]
             kl = (sampled_logprobs - torch.cat(ref_logprobs)) * completion_mask  # [B, T]
             metrics["kl/ref"] = kl.sum() / completion_mask.sum()
-            returns = rewards - args.kl_coef * kl.sum(1)
-        advantages = compute_advantages(returns, samples_per_prompt=G, baseline=args.baseline)  # [B]
+            shaped_rewards = rewards - args.kl_coef * kl.sum(1)
+        advantages = compute_advantages(shaped_rewards, samples_per_prompt=G, baseline=args.baseline)  # [B]
 
         # 4. update: one optimizer step on the whole batch
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.num_steps)
-        normalizer = (~rewards.isnan()).sum()
+        normalizer = (~rewards.isnan()).sum().clamp(min=1)
         metrics["loss/policy"] = 0.0
         for micro in torch.arange(B, device=device).split(args.micro_batch_size):
             with autocast:

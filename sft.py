@@ -9,7 +9,7 @@ no packing of several rows into one sequence.
 
     python sft.py
     python sft.py --model Qwen/Qwen2.5-0.5B --data train.jsonl --learning-rate 1e-5 \\
-        --micro-batch-size 8 --max-new-tokens 512 --max-length 1024
+        --micro-batch-size 8 --max-new-tokens 512 --max-length 1024 --eval-every 50 --eval-prompts 100
 
 A row of the .jsonl file: {"prompt": "What is 37 + 48?", "completion": " 85"}, either of them chat messages if you like.
 """
@@ -45,7 +45,7 @@ class Args:
     max_new_tokens: int = 8
     """tokens in a sampled completion, its stop token included"""
     learning_rate: float = 1e-4
-    """AdamW's at the first step; it falls linearly to 0"""
+    """AdamW's at its highest; it falls linearly to 0"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     seed: int = 1
@@ -63,7 +63,7 @@ class Args:
     max_length: int = 512
     """tokens of prompt and completion; a longer row is dropped: cut off, it would teach to break off"""
     warmup_steps: int = 0
-    """steps over which the learning rate rises to its full size"""
+    """steps over which the learning rate rises from 0"""
 
 
 @torch.no_grad()
@@ -81,7 +81,8 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
         input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids, use_cache=True, logits_to_keep=1
     )
     cache = output.past_key_values
-    cache.batch_repeat_interleave(samples_per_prompt)
+    rows = torch.arange(len(prompt_ids), device=prompt_ids.device).repeat_interleave(samples_per_prompt)
+    cache.reorder_cache(rows)  # which every kind of cache has, those of linear attention included
     logits = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)  # [B, V]
     mask = prompt_mask.repeat_interleave(samples_per_prompt, 0)
     mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], 1)  # [B, P+T]
@@ -99,7 +100,7 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
         if t + 1 == max_new_tokens or not going.any():
             break
         if not going.all():
-            cache.batch_select_indices(going)
+            cache.reorder_cache(going.nonzero()[:, 0])
             alive, token, mask = alive[going], token[going], mask[going]
         seen = mask[:, : P + t + 1]
         position_ids = seen.sum(1, keepdim=True) - 1
@@ -186,7 +187,7 @@ def main(args: Args) -> dict[str, float]:
 
         # 2. update: one optimizer step on the whole batch
         decay = 1 - (step - 1) / args.num_steps
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min(decay, step / max(1, args.warmup_steps))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * decay * min(1, step / max(1, args.warmup_steps))
         normalizer = completion_mask.sum()
         metrics["loss/sft"] = 0.0
         for micro in torch.arange(len(rows), device=device).split(args.micro_batch_size):

@@ -47,7 +47,7 @@ def chat_model(tmp_path, tokenizer):
     """A folder with a random GPT-2: a padded vocabulary, pad equal to EOS, a tokenizer with a chat template."""
     tokenizer.chat_template = CHAT_TEMPLATE
     folder = tmp_path / "chat_model"
-    random_model("gpt2").save_pretrained(folder)
+    random_model("gpt2", stop_ids=(0, *range(10, 60))).save_pretrained(folder)  # some completions end, some do not
     tokenizer.save_pretrained(folder)
     return str(folder)
 

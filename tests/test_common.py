@@ -56,6 +56,7 @@ def test_batches_visit_every_row_once_an_epoch():
         ("2 and 5 #### 1,200.50 apples, not 3", "1200.5"),
         ("-007", "-7"),
         ("from 17-20", "20"),
+        ("at (3,4)", "4"),
         ("-0.0", "0"),
         ("none", None),
         ("####", None),
@@ -83,8 +84,8 @@ def test_stub_rewards():
     assert components["exact_answer"].tolist() == [1, 1, 1, 0]
     assert components["format"].tolist() == [1, 1, 0, 1]
     assert rewards.tolist() == [1.5, 1.5, 1.0, 0.5]
-    words = common.exact_answer([], ["Paris ", "Rome"], answer=["Paris", "Paris"])
-    assert words == [1.0, 0.0]
+    words = common.exact_answer([], ["Paris ", "Rome", "7"], answer=["Paris", "Paris", None])
+    assert words == [1.0, 0.0, None]
 
 
 def test_own_reward_gets_trl_arguments_and_may_answer_none(tmp_path):
@@ -99,6 +100,27 @@ def test_own_reward_gets_trl_arguments_and_may_answer_none(tmp_path):
     rewards, components = score(rows, ["a", "b"])
     assert rewards[0] == 1.0 and rewards[1].isnan()
     assert components["judge"][0] == 2.0
+
+
+def test_columns_that_only_some_rows_have_reach_the_reward(tmp_path):
+    (tmp_path / "mine.py").write_text("def judge(prompts, completions, hint, **columns):\n    return [1.0, 2.0]\n")
+    rewards, _ = common.load_reward((f"{tmp_path}/mine.py:judge",), ())(
+        [{"prompt": "a"}, {"prompt": "b", "hint": "x"}], ["", ""]
+    )
+    assert rewards.tolist() == [1.0, 2.0]
+    with pytest.raises(SystemExit, match="second reward"):
+        common.load_reward((f"{tmp_path}/mine.py:judge", f"{tmp_path}/mine.py:judge"), ())
+
+
+def test_checkpoint_with_sampling_defaults_can_be_saved_again(tmp_path, tokenizer):
+    """transformers refuses to save a changed generation config with a temperature but no do_sample."""
+    random_model("llama").save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 5, "eos_token_id": 2}')
+    model, _ = common.load_model(str(tmp_path / "m"), CPU)
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert common.load_model(str(tmp_path / "again"), CPU)[0].generation_config.eos_token_id == [0, 2]
 
 
 def test_demonstrations_end_with_their_stop_token(tokenizer):
@@ -155,6 +177,8 @@ def test_bad_data_is_one_line(tmp_path, lines, message):
 def test_other_mistakes_are_one_line(tmp_path, tokenizer):
     with pytest.raises(SystemExit, match="no such file"):
         common.read_rows("missing.jsonl", ())
+    with pytest.raises(SystemExit, match="--device nowhere"):
+        common.pick_device("nowhere", "auto")
     with pytest.raises(SystemExit, match="--model nowhere"):
         common.load_model("nowhere", CPU)
     with pytest.raises(SystemExit, match="--reward nonsense"):

@@ -85,6 +85,17 @@ def test_micro_batch_size_changes_nothing(script, tmp_path):
             assert results[0][name] == pytest.approx(results[1][name], abs=1e-4), name
 
 
+@pytest.mark.parametrize("script", ["reinforce", "ppo", "grpo"])
+def test_a_step_that_nothing_could_score_leaves_the_weights_finite(script, tmp_path):
+    (tmp_path / "down.py").write_text("def judge(prompts, completions, **columns):\n    return [None] * len(prompts)\n")
+    args = SCRIPTS[script].Args(num_steps=2, prompts_per_step=2, eval_prompts=2, reward=(f"{tmp_path}/down.py:judge",))
+    args.output_dir = str(tmp_path / "run")
+    SCRIPTS[script].main(args)
+    model, _ = common.load_model(str(tmp_path / "run" / "model"), torch.device("cpu"))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "gspo", "cispo"])
 def test_grpo_loss_types_run_over_several_updates(loss_type, tmp_path):
     args = grpo.Args(num_steps=3, prompts_per_step=4, num_epochs=2, num_minibatches=2, loss_type=loss_type)
