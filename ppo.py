@@ -181,7 +181,7 @@ def compute_gae(token_rewards, values, completion_mask, *, gamma, gae_lambda, bo
     token_rewards, values, completion_mask [B, T]; bootstrap [B] is the value of the state after the last token: 0, the
     default, after a stop token.
     """
-    token_rewards, values = token_rewards.float() * completion_mask, values.float() * completion_mask
+    token_rewards, values = token_rewards.float(), values.float()
     advantages = torch.zeros_like(values)
     next_advantage = torch.zeros_like(values[:, 0])
     next_value = torch.zeros_like(next_advantage) if bootstrap is None else bootstrap.float()

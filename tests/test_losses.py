@@ -88,12 +88,14 @@ def test_reinforce_gradient_is_exact_in_expectation(baseline):
 
 @pytest.mark.parametrize("scale", ["std", "none"])
 def test_grpo_advantages(scale):
-    rewards = torch.tensor([1.0, 0.0, 0.0, 0.5, 0.7, 0.7, 0.7, 0.7])
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.5, 0.2, 0.3, 0.1, 0.8])
     got = grpo.compute_advantages(rewards, samples_per_prompt=4, scale=scale)
-    group = rewards[:4]
-    expected = (group - group.mean()) / (group.std() + 1e-4 if scale == "std" else 1.0)
-    torch.testing.assert_close(got[:4], expected)
-    assert (got[4:] == 0).all()  # a tied group has exactly no gradient, not a rounding residue over 1e-4
+    for group, advantages in zip(rewards.split(4), got.split(4)):
+        expected = (group - group.mean()) / (group.std() + 1e-4 if scale == "std" else 1.0)
+        torch.testing.assert_close(advantages, expected)
+    for size in (3, 5, 6, 7):  # a tied group has exactly no gradient, not a rounding residue over 1e-4
+        tied = (torch.arange(1, 50) / 10).repeat_interleave(size)
+        assert (grpo.compute_advantages(tied, samples_per_prompt=size, scale=scale) == 0).all()
 
 
 SETTINGS = {"clip_low": 0.1, "clip_high": 0.3, "beta": 0.05}
@@ -142,7 +144,7 @@ def test_grpo_loss_is_the_docstrings_formula(loss_type, kl_estimator):
     )
     assert loss.item() == pytest.approx(by_hand(logprobs0), rel=1e-6)
     loss.backward()
-    for i, t in [(0, 0), (1, 1), (2, 2), (4, 3), (3, 4)]:  # the last is padding
+    for i, t in itertools.product(range(B), range(T)):  # padding included
         moved = [logprobs0.clone(), logprobs0.clone()]
         moved[0][i, t] += 1e-5
         moved[1][i, t] -= 1e-5
@@ -181,13 +183,13 @@ def test_gae_by_hand():
     rewards = torch.tensor([[0.0, 0.0, 1.0], [-0.1, 2.0, 77.0], [0.5, 0.5, 0.5]])
     values = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.6, 100.0], [0.1, 0.2, 0.3]])  # 77 and 100 are padding
     mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 1, 1]])
-    bootstrap = torch.tensor([0.0, 0.0, 0.8])  # the third is truncated
+    bootstrap = torch.tensor([0.0, 0.4, 0.8])  # the second and third are truncated
     advantages, returns = ppo.compute_gae(rewards, values, mask, gamma=0.9, gae_lambda=0.5, bootstrap=bootstrap)
     # delta_t = r_t + 0.9 V_t+1 - V_t;  A_t = delta_t + 0.45 A_t+1
     a = 1.0 - 0.3
     b = 0.9 * 0.3 - 0.4 + 0.45 * a
     c = 0.9 * 0.4 - 0.5 + 0.45 * b
-    d = 2.0 - 0.6
+    d = 2.0 + 0.9 * 0.4 - 0.6
     e = -0.1 + 0.9 * 0.6 - 0.2 + 0.45 * d
     f = 0.5 + 0.9 * 0.8 - 0.3
     g = 0.5 + 0.9 * 0.3 - 0.2 + 0.45 * f

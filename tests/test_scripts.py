@@ -74,7 +74,7 @@ def test_chat_model_with_own_data(script, tmp_path, chat_model, chat_data):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_micro_batch_size_changes_nothing(script, tmp_path):
     results = []
-    for size in (32, 5):
+    for size in (32, 3):
         args = SCRIPTS[script].Args(
             num_steps=3, prompts_per_step=4, eval_every=3, eval_prompts=8, micro_batch_size=size
         )
@@ -83,6 +83,34 @@ def test_micro_batch_size_changes_nothing(script, tmp_path):
     for name in ("loss/sft", "loss/policy", "loss/value", "kl/ref", "kl/old", "reward/mean"):
         if name in results[0]:
             assert results[0][name] == pytest.approx(results[1][name], abs=1e-4), name
+
+
+@pytest.mark.parametrize("script", ["ppo", "grpo"])
+def test_ratio_is_1_while_the_policy_stands_still(script, tmp_path):
+    args = SCRIPTS[script].Args(num_steps=2, prompts_per_step=4, num_epochs=2, num_minibatches=2, eval_prompts=8)
+    args.learning_rate, args.temperature, args.output_dir = 1e-12, 0.7, str(tmp_path / "run")
+    metrics = SCRIPTS[script].main(args)
+    assert abs(metrics["kl/old"]) < 1e-6 and metrics["policy/clip_frac"] == 0.0
+    assert abs(metrics["kl/ref"]) < 1e-5  # and the reference is scored at the same temperature
+
+
+def test_ppo_scores_stop_tokens_and_bootstraps_what_was_cut_off(tmp_path, monkeypatch):
+    (tmp_path / "one.py").write_text("def one(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
+    rollouts, gaes = [], []
+    rollout, compute_gae = ppo.rollout, ppo.compute_gae
+    monkeypatch.setattr(ppo, "rollout", lambda *a, **k: rollouts.append(rollout(*a, **k)) or rollouts[-1])
+    monkeypatch.setattr(ppo, "compute_gae", lambda *a, **k: gaes.append((a, k)) or compute_gae(*a, **k))
+    args = ppo.Args(num_steps=2, prompts_per_step=16, max_new_tokens=3, eval_prompts=1, eval_every=5, kl_coef=0.0)
+    args.reward, args.output_dir = (f"{tmp_path}/one.py:one",), str(tmp_path / "run")
+    ppo.main(args)
+    ids, mask, _ = rollouts[2]  # of the second step, after evaluation and the first; the value head has left 0
+    (token_rewards, _, gae_mask), settings = gaes[1]
+    ended = ((ids == 0) & (mask > 0)).any(1)
+    assert ended.any() and not ended.all() and (gae_mask == mask).all()
+    expected = torch.zeros_like(mask)
+    expected[torch.arange(len(ids)), mask.sum(1).long() - 1] = ended.float()
+    assert (token_rewards == expected).all()
+    assert (settings["bootstrap"][ended] == 0).all() and (settings["bootstrap"][~ended] != 0).all()
 
 
 @pytest.mark.parametrize("script", ["reinforce", "ppo", "grpo"])
