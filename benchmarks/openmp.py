@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SETTINGS = [{"GOMP_SPINCOUNT": count} for count in ("300000", "2000", "1000")]
+SETTINGS = [{"GOMP_SPINCOUNT": count} for count in ("300000", "5000", "3000", "1000")]
 SETTINGS += [{"OMP_WAIT_POLICY": "PASSIVE"}, {"OMP_NUM_THREADS": "1"}]
 ROUNDS = 3
 SCRIPT = Path(__file__).parent.parent / "reinforce.py"
