@@ -128,8 +128,8 @@ def read_rows(source: str, columns: tuple[str, ...]) -> list[Row]:
         raise SystemExit(f"--data {source}: has no rows")
     for number, row in enumerate(rows, 1):
         for column in columns:
-            if not isinstance(row, dict) or not row.get(column):
-                raise SystemExit(f'{source}, row {number}: "{column}" is missing or empty; rows need {columns}')
+            if not isinstance(row, dict) or not row.get(column) or not isinstance(row[column], str | list):
+                raise SystemExit(f'{source}, row {number}: "{column}" is missing or empty, or no text and no messages')
     return rows
 
 

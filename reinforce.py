@@ -131,7 +131,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         use_cache=False,
         logits_to_keep=completion_ids.shape[1] + 1,
     ).logits[:, :-1]  # [B, T, V]: the logits at position t predict token t + 1
-    log_softmax = (logits.float() / temperature).log_softmax(-1)  # in bfloat16 it would be off by 0.03 and more
+    log_softmax = (logits.float() / temperature).log_softmax(-1)  # noisy in bfloat16: huggingface/transformers#31267
     return log_softmax.gather(-1, completion_ids[..., None])[..., 0] * completion_mask
 
 

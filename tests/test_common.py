@@ -165,6 +165,7 @@ def test_load_model_settles_dtype_dropout_stops_and_padded_vocabulary(tmp_path, 
         ('{"prompt": "", "completion": "b"}\n', 'row 1: "prompt" is missing or empty'),
         ('{"prompt": "a", "completion": "b"}\n', "one prompt only"),
         ("[1]\n", "row 1"),
+        ('{"prompt": "a", "completion": 85}\n', 'row 1: "completion" is'),
     ],
 )
 def test_bad_data_is_one_line(tmp_path, lines, message):
