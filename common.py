@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import runpy
 import sys
@@ -30,23 +31,13 @@ transformers.utils.logging.disable_progress_bar()
 Row = dict  # one line of data: "prompt" and any further columns
 
 
-def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.autocast]:
-    """The device, `auto` being CUDA, else MPS, else the CPU, and the context of forward passes: bfloat16 on CUDA.
-
-    Parameters stay float32: AdamW on bfloat16 ones rounds nearly every RL-sized step away (NVIDIA-NeMo/RL#2322).
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {device}: {str(error).splitlines()[0]}") from None
-    kind = torch.device(device).type
-    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and kind == "cuda")
-    return torch.device(device), torch.autocast(kind, torch.bfloat16, enabled=bfloat16)
+def bundled(path: str) -> str:
+    """The path of a file or folder that comes with the scripts, for a relative path that does not exist here."""
+    beside = Path(__file__).parent / path
+    return str(beside) if beside.exists() and not Path(path).exists() else path
 
 
-def load_model(path: str, device: torch.device):
+def load_model(path: str, device: torch.device, named_by: str = "--model"):
     """A causal LM in float32, and its tokenizer, from a checkpoint folder or a hub id.
 
     Settled here once, so that no script has to think of it:
@@ -56,8 +47,7 @@ def load_model(path: str, device: torch.device):
     - logits of a padded vocabulary that no token owns are cut off, for the sampler and the log-probs alike: training
       raises them until one is sampled (vllm-project/vllm#13175).
     """
-    bundled = Path(__file__).parent / path
-    path = str(bundled) if bundled.exists() and not Path(path).exists() else path
+    path = bundled(path)
     try:
         config = AutoConfig.from_pretrained(path)
         for part in (config, config.get_text_config()):
@@ -69,11 +59,11 @@ def load_model(path: str, device: torch.device):
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise SystemExit(f"--model {path}: not the folder or hub id of a causal language model ({reason})") from None
+        raise SystemExit(f"{named_by} {path}: not the folder or hub id of a causal language model ({reason})") from None
     eos = model.generation_config.eos_token_id
     stop_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     if not stop_ids:
-        raise SystemExit(f"--model {path}: no stop token; set eos_token_id in its generation_config.json")
+        raise SystemExit(f"{named_by} {path}: no stop token; set eos_token_id in its generation_config.json")
     # a new one: with the checkpoint's own sampling fields kept, saving could be refused after the training
     model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=min(stop_ids))
     vocab_size = max(tokenizer.get_vocab().values()) + 1
@@ -84,14 +74,16 @@ def load_model(path: str, device: torch.device):
 def arithmetic() -> list[Row]:
     """The built-in task: all sums of two numbers below 100, as prompts with answers, demonstrations and pairs.
 
-    The rejected answer slips on the carry, as the base model in models/arithmetic mostly does: it forgets the carry
-    where there is one (37 + 48 is "75"), and carries where there is none.
+    Every other rejected answer forgets the carry, as the base model in models/arithmetic mostly does (37 + 48 is "75");
+    the rest is off in one digit or two, so that a preference for the carry alone does not tell right from wrong.
     """
+    slips = random.Random(0)
     rows = []
     for a, b in itertools.product(range(100), repeat=2):
-        slip = without_carry(a, b) if without_carry(a, b) != a + b else a + b + 10
+        off = slips.choice([a + b + d for d in (-20, -11, -10, -9, -2, -1, 1, 2, 9, 10, 11, 20) if a + b + d >= 0])
+        slip = slips.choice([off, without_carry(a, b)])
         row = {"prompt": f"What is {a} + {b}?", "answer": f"{a + b}", "completion": f" {a + b}"}
-        rows.append(row | {"chosen": f" {a + b}", "rejected": f" {slip}"})
+        rows.append(row | {"chosen": f" {a + b}", "rejected": f" {off if slip == a + b else slip}"})
     return rows
 
 
@@ -150,20 +142,8 @@ def load_data(source: str, eval_source: str, eval_prompts: int, columns: tuple[s
     return train_rows, list(held_out.values())[:eval_prompts]
 
 
-def take_batch(rows: list, step: int, size: int, seed: int) -> list:
-    """The rows of a step (from 1): epoch after epoch, each in an order that only seed and epoch determine."""
-    orders, batch = {}, []
-    for position in range((step - 1) * size, step * size):
-        epoch, index = divmod(position, len(rows))
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            orders[epoch] = torch.randperm(len(rows), generator=generator).tolist()
-        batch.append(rows[orders[epoch][index]])
-    return batch
-
-
 def text_of(message: str | list[dict]) -> str:
-    return message if isinstance(message, str) else message[-1]["content"]
+    return message if isinstance(message, str) else "\n".join(turn["content"] for turn in message)
 
 
 def render(tokenizer, prompt: str | list[dict], answer: str | None = None) -> str:
@@ -194,29 +174,6 @@ def completion_tokens(tokenizer, prompt: str | list[dict], completion: str | lis
     ids = tokenizer(whole[len(start) :], add_special_tokens=False).input_ids
     stops = [index for index, token in enumerate(ids) if token in stop_ids]
     return ids[: stops[-1] + 1] if stops else [*ids, tokenizer.eos_token_id]
-
-
-def pad(sequences: list[list[int]], side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask [N, longest]. The mask comes from lengths, and what stands in the padding never matters: a mask made
-    by comparing ids with the pad token deletes the stop token where the two are one (huggingface/trl#3091)."""
-    width = max(map(len, sequences))
-    ids, mask = torch.zeros(2, len(sequences), width, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        columns = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
-        ids[row, columns] = torch.tensor(sequence)
-        mask[row, columns] = 1
-    return ids.to(device), mask.to(device)
-
-
-def encode_prompts(tokenizer, rows: list[Row], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """prompt_ids, prompt_mask [N, P] of the rows' prompts, padded on the left."""
-    return pad([prompt_tokens(tokenizer, row["prompt"]) for row in rows], "left", device)
-
-
-def decode(tokenizer, ids: torch.Tensor, mask: torch.Tensor, special: bool = False) -> list[str]:
-    """Text of what the mask keeps of each row, without special tokens unless asked for."""
-    kept = [row[keep] for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
-    return [tokenizer.decode(row, skip_special_tokens=not special) for row in kept]
 
 
 def find_number(text: str) -> str | None:
@@ -265,6 +222,32 @@ def length_reward(prompts: list, completions: list, **columns: list) -> list[flo
 REWARDS = {"exact_answer": exact_answer, "format": format_reward, "length": length_reward}
 
 
+def load_function(name: str, folder: str | Path = "", named_by: str = "--reward") -> Callable:
+    """A reward function: one of REWARDS, or `file.py:function`, the file's path relative to the folder."""
+    file, _, function = name.rpartition(":")
+    if name in REWARDS:
+        return REWARDS[name]
+    if not Path(folder, file).is_file():
+        raise SystemExit(f"{named_by} {name}: neither one of {', '.join(REWARDS)} nor an existing file.py:function")
+    loaded = runpy.run_path(str(Path(folder, file))).get(function)
+    if loaded is None:
+        raise SystemExit(f"{named_by} {name}: {file} has no function {function}")
+    return loaded
+
+
+def call_reward(name: str, function: Callable, rows: list[Row], texts: list[str]) -> list:
+    """What a reward function returns for the rows' prompts and the completions' texts, given as TRL gives them."""
+    prompts = [row["prompt"] for row in rows]
+    # like TRL, a string is answered by a string and a list of messages by a message
+    turns = [[{"role": "assistant", "content": text}] for text in texts]
+    completions = [text if isinstance(prompt, str) else turn for prompt, text, turn in zip(prompts, texts, turns)]
+    columns = dict.fromkeys(column for row in rows for column in row if column != "prompt")
+    values = function(prompts, completions, **{column: [row.get(column) for row in rows] for column in columns})
+    if len(values) != len(rows):
+        raise SystemExit(f"reward {name}: returned {len(values)} values for {len(rows)} completions")
+    return values
+
+
 def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
     """The weighted sum of rewards, each a name in REWARDS or `file.py:function` with TRL's signature,
     `reward(prompts, completions, **columns) -> list[float | None]`.
@@ -274,29 +257,14 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
     """
     if weights and len(weights) != len(names):
         raise SystemExit(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
-    functions = {}
-    for name in names:
-        file, _, function = name.rpartition(":")
-        if name not in REWARDS and not Path(file).is_file():
-            raise SystemExit(f"--reward {name}: neither one of {', '.join(REWARDS)} nor an existing file.py:function")
-        if function in functions:
-            raise SystemExit(f"--reward {name}: a second reward of the name {function}; rename one")
-        functions[function] = REWARDS[name] if name in REWARDS else runpy.run_path(file).get(function)
-        if functions[function] is None:
-            raise SystemExit(f"--reward {name}: {file} has no function {function}")
+    functions = {name.rpartition(":")[2]: load_function(name) for name in names}
+    if len(functions) < len(names):
+        raise SystemExit(f"--reward {' '.join(names)}: a second reward of one name; rename one")
 
     def score(rows: list[Row], texts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        prompts = [row["prompt"] for row in rows]
-        # like TRL, a string is answered by a string and a list of messages by a message
-        turns = [[{"role": "assistant", "content": text}] for text in texts]
-        completions = [text if isinstance(prompt, str) else turn for prompt, text, turn in zip(prompts, texts, turns)]
-        names_seen = dict.fromkeys(name for row in rows for name in row if name != "prompt")
-        columns = {name: [row.get(name) for row in rows] for name in names_seen}
         total, scored, components = torch.zeros(len(rows)), torch.zeros(len(rows)), {}
         for weight, (name, function) in zip(weights or [1.0] * len(names), functions.items()):
-            values = function(prompts, completions, **columns)
-            if len(values) != len(rows):
-                raise SystemExit(f"--reward {name}: returned {len(values)} values for {len(rows)} completions")
+            values = call_reward(name, function, rows, texts)
             components[name] = torch.tensor([float("nan") if value is None else float(value) for value in values])
             total += weight * components[name].nan_to_num()
             scored += ~components[name].isnan()
@@ -305,8 +273,30 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
     return score
 
 
+def load_rubrics(paths: tuple[str, ...]) -> dict[str, list[dict]]:
+    """{category: items} of rubric files, grape.py's; the function stands in place of the name of an item's verifier."""
+    rubrics = {}
+    for path in map(bundled, paths):
+        try:
+            rubric = json.loads(Path(path).read_text(encoding="utf-8"))
+            category, items = rubric["category"], rubric["items"]
+            for item in items:
+                weight, kind = item["weight"], [key for key in ("verifier", "question") if key in item]
+                if len(kind) != 1 or not weight > 0 or not isinstance(item["name"], str):
+                    raise ValueError(f'{item} needs a "name", a "weight" above 0, a "verifier" or a "question"')
+            if category in rubrics or len({item["name"] for item in items}) < len(items):
+                raise ValueError("a second rubric of this category, or a second item of one name")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"--rubric {path}: {error!r}; see the example in grape.py's docstring") from None
+        for item in items:
+            if "verifier" in item:
+                item["verifier"] = load_function(item["verifier"], Path(path).parent, f"--rubric {path}, verifier")
+        rubrics[category] = items
+    return rubrics
+
+
 POSITIVE = ("prompts_per_step", "samples_per_prompt", "micro_batch_size", "max_new_tokens", "temperature", "eval_every")
-POSITIVE += ("eval_prompts", "num_epochs", "num_minibatches")
+POSITIVE += ("eval_prompts", "num_epochs", "num_minibatches", "fisher_samples", "max_kl")
 
 
 class Run:

@@ -47,9 +47,9 @@ class Args:
     reward_weights: tuple[float, ...] = ()
     """one weight for each reward; 1 each without it"""
     num_steps: int = 150
-    """rollouts, each followed by its update"""
+    """steps, each on prompts of its own"""
     prompts_per_step: int = 16
-    """prompts in a rollout"""
+    """prompts in a step"""
     samples_per_prompt: int = 8
     """completions of each prompt"""
     micro_batch_size: int = 128
@@ -59,11 +59,13 @@ class Args:
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-prob"""
     learning_rate: float = 1e-4
-    """AdamW's at the first step; it falls linearly to 0"""
+    """AdamW's at its highest; it falls linearly to 0"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     seed: int = 1
-    """of the order of the data and of the sampling"""
+    """of all that is random"""
     device: str = "auto"
     """auto is CUDA, else MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -75,7 +77,7 @@ class Args:
     output_dir: str = ""
     """folder of the run; runs/<script>-<time> without it"""
     num_epochs: int = 1
-    """passes over each rollout"""
+    """passes over the completions of a step"""
     num_minibatches: int = 1
     """optimizer steps in a pass"""
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
@@ -101,6 +103,55 @@ PAPER_SETTINGS = {
     "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "scale": "std", "beta": 0.0},
     "cispo": {"clip_low": 1.0, "clip_high": 4.0, "scale": "std", "beta": 0.0},  # r in 0 .. 5 (arXiv 2510.13786)
 }
+
+
+def pick_device(device, dtype):
+    """The device, `auto` being CUDA, else MPS, else the CPU, and the context of forward passes: bfloat16 on CUDA.
+
+    Parameters stay float32: AdamW on bfloat16 ones rounds nearly every RL-sized step away (NVIDIA-NeMo/RL#2322).
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {device}: {str(error).splitlines()[0]}") from None
+    kind = torch.device(device).type
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and kind == "cuda")
+    return torch.device(device), torch.autocast(kind, torch.bfloat16, enabled=bfloat16)
+
+
+def take_batch(rows, *, step, size, seed):
+    """The rows of a step (from 1): epoch after epoch, each in an order that only seed and epoch determine."""
+    orders, batch = {}, []
+    for position in range((step - 1) * size, step * size):
+        epoch, index = divmod(position, len(rows))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(len(rows), generator=generator).tolist()
+        batch.append(rows[orders[epoch][index]])
+    return batch
+
+
+def pad(sequences, side, device):
+    """Token ids and mask [N, longest] of N lists of ids, padded on the side "left" or "right".
+
+    The mask comes from lengths, and what stands in the padding never matters: a mask made by comparing ids with the pad
+    token deletes the stop token where the two are one (huggingface/trl#3091).
+    """
+    width = max(map(len, sequences))
+    ids, mask = torch.zeros(2, len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        columns = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
+        ids[row, columns] = torch.tensor(sequence)
+        mask[row, columns] = 1
+    return ids.to(device), mask.to(device)
+
+
+def decode(tokenizer, ids, mask, *, special=False):
+    """Texts of what the mask keeps of each row, without special tokens unless asked for."""
+    kept = [row[keep] for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
+    return [tokenizer.decode(row, skip_special_tokens=not special) for row in kept]
 
 
 @torch.no_grad()
@@ -230,15 +281,17 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
     scores = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, batch, model.device)
+        prompt_ids, prompt_mask = pad(
+            [common.prompt_tokens(tokenizer, row["prompt"]) for row in batch], "left", model.device
+        )
         completion_ids, completion_mask, _ = rollout(
             model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=max_new_tokens, temperature=0.0
         )
-        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        texts = decode(tokenizer, completion_ids, completion_mask)
         _, components = score(batch, texts)
         scores.append(next(iter(components.values())))
         if start == 0:
-            prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
+            prompts = decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
             run.log_samples(step, "eval", prompts, texts, components)
     return torch.cat(scores).nanmean().item()
 
@@ -251,18 +304,19 @@ def main(args: Args) -> dict[str, float]:
         if getattr(args, name) is None:
             setattr(args, name, setting)
     run = common.Run(args)
-    device, autocast = common.pick_device(args.device, args.dtype)
+    device, autocast = pick_device(args.device, args.dtype)
     model, tokenizer = common.load_model(args.model, device)
     ref_model = common.load_model(args.model, device)[0] if args.beta else None
-    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=device)
+    stop_ids = model.generation_config.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
+    columns = ("prompt",)
+    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
     score = common.load_reward(args.reward, args.reward_weights)
     G, B = args.samples_per_prompt, args.prompts_per_step * args.samples_per_prompt
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
     loss_settings = {"loss_type": args.loss_type, "clip_low": args.clip_low, "clip_high": args.clip_high}
     loss_settings |= {"beta": args.beta, "kl_estimator": args.kl_estimator}
-    greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
 
     with autocast:
         accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
@@ -270,31 +324,29 @@ def main(args: Args) -> dict[str, float]:
     for step in range(1, args.num_steps + 1):
         # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
         start = time.perf_counter()
-        rows = common.take_batch(train_rows, step, args.prompts_per_step, args.seed)
-        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, rows, device)
+        rows = take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed)
+        prompt_ids, prompt_mask = pad([common.prompt_tokens(tokenizer, row["prompt"]) for row in rows], "left", device)
         with autocast:
             completion_ids, completion_mask, sampled_logprobs = rollout(model, prompt_ids, prompt_mask, **sampling)
         rows = [row for row in rows for _ in range(G)]
         prompt_ids, prompt_mask = prompt_ids.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # [B, P]
         lengths = completion_mask.sum(1)  # [B]
-        truncated = ~(torch.isin(completion_ids, stop_ids) & (completion_mask > 0)).any(1)  # [B]
+        ended = torch.isin(completion_ids, torch.tensor(stop_ids, device=device)) & (completion_mask > 0)  # [B, T]
+        truncated = ~ended.any(1)  # [B]
         rollout_seconds = time.perf_counter() - start
 
         # 2. score
-        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        texts = decode(tokenizer, completion_ids, completion_mask)
         rewards, components = score(rows, texts)
         rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
         completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update, though its length is logged
         batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
         chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
-        metrics = {}
 
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
-        over = (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / max(1, args.overlong_buffer)
-        advantages = compute_advantages(rewards - over, samples_per_prompt=G, scale=args.scale)  # [B]
         passes = [torch.randperm(B).to(device) for _ in range(args.num_epochs)]
         minibatches = [minibatch for order in passes for minibatch in order.chunk(args.num_minibatches)]
-        old_logprobs = ref_logprobs = torch.zeros_like(completion_mask)  # [B, T], and not read unless computed here
+        old_logprobs = ref_logprobs = sampled_logprobs  # [B, T], unless computed here
         with torch.no_grad(), autocast:
             if len(minibatches) > 1:  # else they are by definition those of the update itself
                 old_logprobs = [token_logprobs(model, *chunk, temperature=args.temperature) for chunk in chunks]
@@ -302,37 +354,40 @@ def main(args: Args) -> dict[str, float]:
             if args.beta:
                 ref_logprobs = [token_logprobs(ref_model, *chunk, temperature=args.temperature) for chunk in chunks]
                 ref_logprobs = torch.cat(ref_logprobs)
-                kl = (sampled_logprobs - ref_logprobs) * completion_mask  # [B, T]
-                metrics["kl/ref"] = kl.sum() / completion_mask.sum()
+        kl = (sampled_logprobs - ref_logprobs) * completion_mask  # [B, T]
+        over = (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / max(1, args.overlong_buffer)
+        shaped_rewards = rewards - over  # [B]
+        advantages = compute_advantages(shaped_rewards, samples_per_prompt=G, scale=args.scale)  # [B]
 
         # 4. update: one optimizer step on each minibatch
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.num_steps)
-        stats = {"loss/policy": 0.0, "policy/clip_frac": 0.0, "kl/old": 0.0}
+        decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * decay
+        stats = {"loss/policy": 0.0, "policy/clip_frac": 0.0, "kl/old": 0.0, "grad_norm": 0.0}
         for minibatch in minibatches:
             tokens = completion_mask[minibatch].sum().clamp(min=1)
             normalizer = loss_normalizer(completion_mask[minibatch], args.loss_type, args.max_new_tokens)
             for micro in minibatch.split(args.micro_batch_size):
-                mask, ref = completion_mask[micro], ref_logprobs[micro]
+                mask = completion_mask[micro]
                 with autocast:
                     logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
                 old = old_logprobs[micro] if len(minibatches) > 1 else logprobs.detach()
+                ref = ref_logprobs[micro]
                 loss = policy_loss(logprobs, old, ref, advantages[micro], mask, normalizer=normalizer, **loss_settings)
                 loss.backward()
-                with torch.no_grad():
-                    ratio = compute_ratio(logprobs, old, mask, loss_type=args.loss_type)
-                    clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
-                    stats["loss/policy"] += loss
-                    stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
-                    stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                stats["loss/policy"] += loss.detach()
+                ratio = compute_ratio(logprobs.detach(), old, mask, loss_type=args.loss_type)
+                clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+                stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
+                stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens
+            stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        metrics |= {name: total / len(minibatches) for name, total in stats.items()}
+        stats = {name: total / len(minibatches) for name, total in stats.items()}
 
         # 5. log
         seconds = time.perf_counter() - start
         groups = rewards.view(-1, G)
-        metrics |= {
+        metrics = stats | {
             "reward/mean": rewards.nanmean(),
             **{f"reward/{name}": values.nanmean() for name, values in components.items()},
             "policy/entropy": -(sampled_logprobs * completion_mask).sum() / completion_mask.sum(),  # as sampled
@@ -343,7 +398,9 @@ def main(args: Args) -> dict[str, float]:
             "time/update": seconds - rollout_seconds,
             "tokens_per_second": lengths.sum() / seconds,
         }
-        prompts = common.decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
+        if args.beta:
+            metrics["kl/ref"] = kl.sum() / completion_mask.sum()
+        prompts = decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
         run.log_samples(step, "train", prompts, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
             with autocast:

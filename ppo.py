@@ -9,7 +9,7 @@ where advantages come from generalised advantage estimation over a completion's 
 
     A_t = delta_t + gamma lambda A_t+1,  delta_t = reward_t + gamma V_t+1 - V_t,  R_t = A_t + V_t,
 
-and are then whitened over all tokens of the rollout. A token's reward is -kl_coef (log pi - log pi_ref), plus the
+and are then whitened over all tokens of the rollout. A token's reward is -beta (log pi - log pi_ref), plus the
 score on the stop token, after which V is 0. A completion that was cut off has not ended: the value of the state after
 its last token stands for what is missing, the score included. So where none ends (completion/truncated is 1), no score
 is learned from: raise --max-new-tokens.
@@ -47,9 +47,9 @@ class Args:
     reward_weights: tuple[float, ...] = ()
     """one weight for each reward; 1 each without it"""
     num_steps: int = 80
-    """rollouts, each followed by its update"""
+    """steps, each on prompts of its own"""
     prompts_per_step: int = 16
-    """prompts in a rollout"""
+    """prompts in a step"""
     samples_per_prompt: int = 8
     """completions of each prompt"""
     micro_batch_size: int = 128
@@ -59,11 +59,13 @@ class Args:
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-prob"""
     learning_rate: float = 1e-4
-    """AdamW's at the first step; it falls linearly to 0"""
+    """AdamW's at its highest; it falls linearly to 0"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     seed: int = 1
-    """of the order of the data and of the sampling"""
+    """of all that is random"""
     device: str = "auto"
     """auto is CUDA, else MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -75,10 +77,10 @@ class Args:
     output_dir: str = ""
     """folder of the run; runs/<script>-<time> without it"""
     num_epochs: int = 2
-    """passes over each rollout"""
+    """passes over the completions of a step"""
     num_minibatches: int = 2
     """optimizer steps in a pass"""
-    kl_coef: float = 0.05
+    beta: float = 0.05
     """weight of the KL to the starting model in the rewards; 0 loads no second model"""
     clip_range: float = 0.2
     """the ratio is clipped to 1 - clip_range .. 1 + clip_range"""
@@ -94,25 +96,53 @@ class Args:
     """no more updates on a rollout once the policy is so far from the one that sampled it, per token"""
 
 
-class ValueModel(torch.nn.Module):
-    """Values of a completion's states: its own trunk keeps their gradients off the policy; the head starts at 0."""
+def pick_device(device, dtype):
+    """The device, `auto` being CUDA, else MPS, else the CPU, and the context of forward passes: bfloat16 on CUDA.
 
-    def __init__(self, trunk):
-        super().__init__()
-        self.trunk = trunk
-        self.head = torch.nn.Linear(trunk.config.get_text_config().hidden_size, 1, device=trunk.device)
-        torch.nn.init.zeros_(self.head.weight)
-        torch.nn.init.zeros_(self.head.bias)
+    Parameters stay float32: AdamW on bfloat16 ones rounds nearly every RL-sized step away (NVIDIA-NeMo/RL#2322).
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {device}: {str(error).splitlines()[0]}") from None
+    kind = torch.device(device).type
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and kind == "cuda")
+    return torch.device(device), torch.autocast(kind, torch.bfloat16, enabled=bfloat16)
 
-    def forward(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
-        """Values [B, T+1]: of the state that each token is sampled in, and of the state after the last token."""
-        input_ids = torch.cat([prompt_ids, completion_ids], 1)  # [B, P+T]
-        attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
-        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        hidden = self.trunk(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state[:, prompt_ids.shape[1] - 1 :]  # [B, T+1, H]
-        return self.head(hidden)[..., 0].float()
+
+def take_batch(rows, *, step, size, seed):
+    """The rows of a step (from 1): epoch after epoch, each in an order that only seed and epoch determine."""
+    orders, batch = {}, []
+    for position in range((step - 1) * size, step * size):
+        epoch, index = divmod(position, len(rows))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(len(rows), generator=generator).tolist()
+        batch.append(rows[orders[epoch][index]])
+    return batch
+
+
+def pad(sequences, side, device):
+    """Token ids and mask [N, longest] of N lists of ids, padded on the side "left" or "right".
+
+    The mask comes from lengths, and what stands in the padding never matters: a mask made by comparing ids with the pad
+    token deletes the stop token where the two are one (huggingface/trl#3091).
+    """
+    width = max(map(len, sequences))
+    ids, mask = torch.zeros(2, len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        columns = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
+        ids[row, columns] = torch.tensor(sequence)
+        mask[row, columns] = 1
+    return ids.to(device), mask.to(device)
+
+
+def decode(tokenizer, ids, mask, *, special=False):
+    """Texts of what the mask keeps of each row, without special tokens unless asked for."""
+    kept = [row[keep] for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
+    return [tokenizer.decode(row, skip_special_tokens=not special) for row in kept]
 
 
 @torch.no_grad()
@@ -175,6 +205,27 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     return log_softmax.gather(-1, completion_ids[..., None])[..., 0] * completion_mask
 
 
+class ValueModel(torch.nn.Module):
+    """Values of a completion's states: its own trunk keeps their gradients off the policy; the head starts at 0."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+        self.head = torch.nn.Linear(trunk.config.get_text_config().hidden_size, 1, device=trunk.device)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
+        """Values [B, T+1]: of the state that each token is sampled in, and of the state after the last token."""
+        input_ids = torch.cat([prompt_ids, completion_ids], 1)  # [B, P+T]
+        attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        hidden = self.trunk(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state[:, prompt_ids.shape[1] - 1 :]  # [B, T+1, H]
+        return self.head(hidden)[..., 0].float()
+
+
 def compute_gae(token_rewards, values, completion_mask, *, gamma, gae_lambda, bootstrap=None):
     """Advantages and returns [B, T], 0 after a completion's end (arXiv 1506.02438, eq. 16).
 
@@ -222,15 +273,17 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
     scores = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, batch, model.device)
+        prompt_ids, prompt_mask = pad(
+            [common.prompt_tokens(tokenizer, row["prompt"]) for row in batch], "left", model.device
+        )
         completion_ids, completion_mask, _ = rollout(
             model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=max_new_tokens, temperature=0.0
         )
-        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        texts = decode(tokenizer, completion_ids, completion_mask)
         _, components = score(batch, texts)
         scores.append(next(iter(components.values())))
         if start == 0:
-            prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
+            prompts = decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
             run.log_samples(step, "eval", prompts, texts, components)
     return torch.cat(scores).nanmean().item()
 
@@ -238,15 +291,15 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
     run = common.Run(args)
-    device, autocast = common.pick_device(args.device, args.dtype)
+    device, autocast = pick_device(args.device, args.dtype)
     model, tokenizer = common.load_model(args.model, device)
-    ref_model = common.load_model(args.model, device)[0] if args.kl_coef else None
-    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=device)
+    ref_model = common.load_model(args.model, device)[0] if args.beta else None
+    stop_ids = model.generation_config.eos_token_id
     value_model = ValueModel(common.load_model(args.model, device)[0].base_model)
-    optimizer = torch.optim.AdamW(
-        [{"params": model.parameters()}, {"params": value_model.parameters()}], lr=args.learning_rate, weight_decay=0.0
-    )
-    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    optimizer.add_param_group({"params": value_model.parameters()})
+    columns = ("prompt",)
+    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
     score = common.load_reward(args.reward, args.reward_weights)
     G, B = args.samples_per_prompt, args.prompts_per_step * args.samples_per_prompt
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
@@ -258,91 +311,88 @@ def main(args: Args) -> dict[str, float]:
     for step in range(1, args.num_steps + 1):
         # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
         start = time.perf_counter()
-        rows = common.take_batch(train_rows, step, args.prompts_per_step, args.seed)
-        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, rows, device)
+        rows = take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed)
+        prompt_ids, prompt_mask = pad([common.prompt_tokens(tokenizer, row["prompt"]) for row in rows], "left", device)
         with autocast:
             completion_ids, completion_mask, sampled_logprobs = rollout(model, prompt_ids, prompt_mask, **sampling)
         rows = [row for row in rows for _ in range(G)]
         prompt_ids, prompt_mask = prompt_ids.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # [B, P]
         lengths = completion_mask.sum(1)  # [B]
-        truncated = ~(torch.isin(completion_ids, stop_ids) & (completion_mask > 0)).any(1)  # [B]
+        ended = torch.isin(completion_ids, torch.tensor(stop_ids, device=device)) & (completion_mask > 0)  # [B, T]
+        truncated = ~ended.any(1)  # [B]
         rollout_seconds = time.perf_counter() - start
 
         # 2. score
-        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        texts = decode(tokenizer, completion_ids, completion_mask)
         rewards, components = score(rows, texts)
         rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
         completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update, though its length is logged
         batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
         chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
-        metrics = {}
 
-        # 3. rewards, values and advantages per token; the log-probs that the update starts from
+        # 3. rewards, values and advantages of each token; the log-probs that the update starts from
         passes = [torch.randperm(B).to(device) for _ in range(args.num_epochs)]
         minibatches = [minibatch for order in passes for minibatch in order.chunk(args.num_minibatches)]
+        old_logprobs = ref_logprobs = sampled_logprobs  # [B, T], unless computed here
         with torch.no_grad(), autocast:
-            old_logprobs = [token_logprobs(model, *chunk, temperature=args.temperature) for chunk in chunks]
-            ref_logprobs = old_logprobs = torch.cat(old_logprobs)  # [B, T]; without a reference the KL is 0
-            old_values = torch.cat([value_model(*chunk) for chunk in chunks])  # [B, T+1]
-            if args.kl_coef:
+            if len(minibatches) > 1:  # else they are by definition those of the update itself
+                old_logprobs = [token_logprobs(model, *chunk, temperature=args.temperature) for chunk in chunks]
+                old_logprobs = torch.cat(old_logprobs)
+            if args.beta:
                 ref_logprobs = [token_logprobs(ref_model, *chunk, temperature=args.temperature) for chunk in chunks]
                 ref_logprobs = torch.cat(ref_logprobs)
-                kl = (old_logprobs - ref_logprobs) * completion_mask  # [B, T]
-                metrics["kl/ref"] = kl.sum() / completion_mask.sum()
-        old_values, value_after = old_values[:, :-1], old_values[:, -1]  # [B, T], [B]: only truncated rows fill all T
-        token_rewards = -args.kl_coef * (old_logprobs - ref_logprobs) * completion_mask
+        kl = (sampled_logprobs - ref_logprobs) * completion_mask  # [B, T]
+        token_rewards = -args.beta * kl
         ends = torch.where(truncated, 0.0, rewards.nan_to_num())
         token_rewards.scatter_add_(1, lengths.long()[:, None] - 1, ends[:, None])
-        advantages, returns = compute_gae(
-            token_rewards,
-            old_values,
-            completion_mask,
-            gamma=args.gamma,
-            gae_lambda=args.gae_lambda,
-            bootstrap=value_after * truncated,
-        )
+        with torch.no_grad(), autocast:
+            values = torch.cat([value_model(*chunk) for chunk in chunks])  # [B, T+1]
+        old_values, bootstrap = values[:, :-1], values[:, -1] * truncated  # [B, T], [B]: only truncated rows fill all T
+        gae_settings = {"gamma": args.gamma, "gae_lambda": args.gae_lambda, "bootstrap": bootstrap}
+        advantages, returns = compute_gae(token_rewards, old_values, completion_mask, **gae_settings)  # [B, T]
         advantages = whiten(advantages, completion_mask)
 
         # 4. update: one optimizer step on each minibatch
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.num_steps)
-        optimizer.param_groups[1]["lr"] = args.value_learning_rate * (1 - (step - 1) / args.num_steps)
-        stats, updates = {"loss/policy": 0.0, "loss/value": 0.0, "policy/clip_frac": 0.0, "kl/old": 0.0}, 0
+        decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * decay
+        optimizer.param_groups[1]["lr"] = args.value_learning_rate * decay
+        stats = {"loss/policy": 0.0, "policy/clip_frac": 0.0, "kl/old": 0.0, "grad_norm": 0.0}
+        stats["loss/value"], updates = 0.0, 0
         for minibatch in minibatches:
             tokens = completion_mask[minibatch].sum().clamp(min=1)
+            policy_settings = {"clip_range": args.clip_range, "normalizer": tokens}
+            value_settings = {"value_clip_range": args.value_clip_range, "normalizer": tokens}
             kl_before = float(stats["kl/old"])
             for micro in minibatch.split(args.micro_batch_size):
-                mask, old, old_v = completion_mask[micro], old_logprobs[micro], old_values[micro]
+                mask = completion_mask[micro]
                 with autocast:
                     logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
                     values = value_model(*(x[micro] for x in batch))[:, :-1]  # [b, T]
-                loss = policy_loss(
-                    logprobs, old, advantages[micro], mask, clip_range=args.clip_range, normalizer=tokens
-                )
-                loss_v = value_loss(
-                    values, old_v, returns[micro], mask, value_clip_range=args.value_clip_range, normalizer=tokens
-                )
-                (loss + loss_v).backward()
-                with torch.no_grad():
-                    ratio = (logprobs - old).exp()
-                    clipped = (ratio < 1 - args.clip_range) | (ratio > 1 + args.clip_range)
-                    stats["loss/policy"] += loss
-                    stats["loss/value"] += loss_v
-                    stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
-                    stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens
+                old = old_logprobs[micro] if len(minibatches) > 1 else logprobs.detach()
+                loss = policy_loss(logprobs, old, advantages[micro], mask, **policy_settings)
+                loss.backward()
+                loss_v = value_loss(values, old_values[micro], returns[micro], mask, **value_settings)
+                loss_v.backward()
+                stats["loss/policy"] += loss.detach()
+                stats["loss/value"] += loss_v.detach()
+                ratio = (logprobs.detach() - old).exp()
+                clipped = (ratio < 1 - args.clip_range) | (ratio > 1 + args.clip_range)
+                stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
+                stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens
             updates += 1
             if args.target_kl and stats["kl/old"] - kl_before > args.target_kl:
                 optimizer.zero_grad()
                 break
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             torch.nn.utils.clip_grad_norm_(value_model.parameters(), args.max_grad_norm)
+            stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        metrics |= {name: total / updates for name, total in stats.items()}
+        stats = {name: total / updates for name, total in stats.items()}
 
         # 5. log
         seconds = time.perf_counter() - start
         groups = rewards.view(-1, G)
-        metrics |= {
+        metrics = stats | {
             "reward/mean": rewards.nanmean(),
             **{f"reward/{name}": values.nanmean() for name, values in components.items()},
             "policy/entropy": -(sampled_logprobs * completion_mask).sum() / completion_mask.sum(),  # as sampled
@@ -353,7 +403,9 @@ def main(args: Args) -> dict[str, float]:
             "time/update": seconds - rollout_seconds,
             "tokens_per_second": lengths.sum() / seconds,
         }
-        prompts = common.decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
+        if args.beta:
+            metrics["kl/ref"] = kl.sum() / completion_mask.sum()
+        prompts = decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
         run.log_samples(step, "train", prompts, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
             with autocast:

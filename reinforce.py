@@ -6,8 +6,8 @@ Loss, over the B completions of a step, A_i = R_i - b_i detached:
 
 The baseline b_i is none, the mean of the group (the completions of one prompt), or the mean of the others in the
 group (leave-one-out, RLOO). The last is unbiased; the full mean shrinks the gradient by (G - 1) / G for a group of G.
-With kl_coef, R_i is the score minus kl_coef sum_t (log pi - log pi_ref): the k1 estimate, whose gradient in the reward
-is that of KL(pi || pi_ref).
+With beta, R_i is the score minus beta sum_t (log pi - log pi_ref): the k1 estimate, whose gradient in the reward is
+that of KL(pi || pi_ref).
 
 Source: Williams 1992; arXiv 2509.04501, section on REINFORCE; leave-one-out and KL in the reward: Ahmadian et al.,
 arXiv 2402.14740. Simplified: each rollout serves one update, so there is no ratio and nothing to clip.
@@ -42,9 +42,9 @@ class Args:
     reward_weights: tuple[float, ...] = ()
     """one weight for each reward; 1 each without it"""
     num_steps: int = 150
-    """rollouts, each followed by its update"""
+    """steps, each on prompts of its own"""
     prompts_per_step: int = 16
-    """prompts in a rollout"""
+    """prompts in a step"""
     samples_per_prompt: int = 8
     """completions of each prompt"""
     micro_batch_size: int = 128
@@ -54,11 +54,13 @@ class Args:
     temperature: float = 1.0
     """divides the logits, in sampling and in every log-prob"""
     learning_rate: float = 1e-4
-    """AdamW's at the first step; it falls linearly to 0"""
+    """AdamW's at its highest; it falls linearly to 0"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     seed: int = 1
-    """of the order of the data and of the sampling"""
+    """of all that is random"""
     device: str = "auto"
     """auto is CUDA, else MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -71,8 +73,57 @@ class Args:
     """folder of the run; runs/<script>-<time> without it"""
     baseline: Literal["none", "mean", "leave_one_out"] = "leave_one_out"
     """what a completion's reward is compared with"""
-    kl_coef: float = 0.0
-    """weight of the KL to the starting model, taken off the reward; 0 loads no second model"""
+    beta: float = 0.0
+    """weight of the KL to the starting model in the rewards; 0 loads no second model"""
+
+
+def pick_device(device, dtype):
+    """The device, `auto` being CUDA, else MPS, else the CPU, and the context of forward passes: bfloat16 on CUDA.
+
+    Parameters stay float32: AdamW on bfloat16 ones rounds nearly every RL-sized step away (NVIDIA-NeMo/RL#2322).
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {device}: {str(error).splitlines()[0]}") from None
+    kind = torch.device(device).type
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and kind == "cuda")
+    return torch.device(device), torch.autocast(kind, torch.bfloat16, enabled=bfloat16)
+
+
+def take_batch(rows, *, step, size, seed):
+    """The rows of a step (from 1): epoch after epoch, each in an order that only seed and epoch determine."""
+    orders, batch = {}, []
+    for position in range((step - 1) * size, step * size):
+        epoch, index = divmod(position, len(rows))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(len(rows), generator=generator).tolist()
+        batch.append(rows[orders[epoch][index]])
+    return batch
+
+
+def pad(sequences, side, device):
+    """Token ids and mask [N, longest] of N lists of ids, padded on the side "left" or "right".
+
+    The mask comes from lengths, and what stands in the padding never matters: a mask made by comparing ids with the pad
+    token deletes the stop token where the two are one (huggingface/trl#3091).
+    """
+    width = max(map(len, sequences))
+    ids, mask = torch.zeros(2, len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        columns = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
+        ids[row, columns] = torch.tensor(sequence)
+        mask[row, columns] = 1
+    return ids.to(device), mask.to(device)
+
+
+def decode(tokenizer, ids, mask, *, special=False):
+    """Texts of what the mask keeps of each row, without special tokens unless asked for."""
+    kept = [row[keep] for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
+    return [tokenizer.decode(row, skip_special_tokens=not special) for row in kept]
 
 
 @torch.no_grad()
@@ -159,15 +210,17 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
     scores = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, batch, model.device)
+        prompt_ids, prompt_mask = pad(
+            [common.prompt_tokens(tokenizer, row["prompt"]) for row in batch], "left", model.device
+        )
         completion_ids, completion_mask, _ = rollout(
             model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=max_new_tokens, temperature=0.0
         )
-        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        texts = decode(tokenizer, completion_ids, completion_mask)
         _, components = score(batch, texts)
         scores.append(next(iter(components.values())))
         if start == 0:
-            prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
+            prompts = decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
             run.log_samples(step, "eval", prompts, texts, components)
     return torch.cat(scores).nanmean().item()
 
@@ -177,12 +230,13 @@ def main(args: Args) -> dict[str, float]:
     if args.samples_per_prompt < 2 and args.baseline != "none":
         raise SystemExit("--samples-per-prompt: a completion is compared with others of its prompt, so give 2 or more")
     run = common.Run(args)
-    device, autocast = common.pick_device(args.device, args.dtype)
+    device, autocast = pick_device(args.device, args.dtype)
     model, tokenizer = common.load_model(args.model, device)
-    ref_model = common.load_model(args.model, device)[0] if args.kl_coef else None
-    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=device)
+    ref_model = common.load_model(args.model, device)[0] if args.beta else None
+    stop_ids = model.generation_config.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
+    columns = ("prompt",)
+    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
     score = common.load_reward(args.reward, args.reward_weights)
     G, B = args.samples_per_prompt, args.prompts_per_step * args.samples_per_prompt
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
@@ -194,53 +248,56 @@ def main(args: Args) -> dict[str, float]:
     for step in range(1, args.num_steps + 1):
         # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
         start = time.perf_counter()
-        rows = common.take_batch(train_rows, step, args.prompts_per_step, args.seed)
-        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, rows, device)
+        rows = take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed)
+        prompt_ids, prompt_mask = pad([common.prompt_tokens(tokenizer, row["prompt"]) for row in rows], "left", device)
         with autocast:
             completion_ids, completion_mask, sampled_logprobs = rollout(model, prompt_ids, prompt_mask, **sampling)
         rows = [row for row in rows for _ in range(G)]
         prompt_ids, prompt_mask = prompt_ids.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # [B, P]
         lengths = completion_mask.sum(1)  # [B]
-        truncated = ~(torch.isin(completion_ids, stop_ids) & (completion_mask > 0)).any(1)  # [B]
+        ended = torch.isin(completion_ids, torch.tensor(stop_ids, device=device)) & (completion_mask > 0)  # [B, T]
+        truncated = ~ended.any(1)  # [B]
         rollout_seconds = time.perf_counter() - start
 
         # 2. score
-        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        texts = decode(tokenizer, completion_ids, completion_mask)
         rewards, components = score(rows, texts)
         rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
         completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update, though its length is logged
         batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
         chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
-        metrics = {}
 
         # 3. advantages, after the KL to the starting model is taken off the rewards
-        shaped_rewards = rewards  # [B]
-        if args.kl_coef:
-            with torch.no_grad(), autocast:
+        ref_logprobs = sampled_logprobs  # [B, T], unless computed here
+        with torch.no_grad(), autocast:
+            if args.beta:
                 ref_logprobs = [token_logprobs(ref_model, *chunk, temperature=args.temperature) for chunk in chunks]
-            kl = (sampled_logprobs - torch.cat(ref_logprobs)) * completion_mask  # [B, T]
-            metrics["kl/ref"] = kl.sum() / completion_mask.sum()
-            shaped_rewards = rewards - args.kl_coef * kl.sum(1)
+                ref_logprobs = torch.cat(ref_logprobs)
+        kl = (sampled_logprobs - ref_logprobs) * completion_mask  # [B, T]
+        shaped_rewards = rewards - args.beta * kl.sum(1)  # [B]
         advantages = compute_advantages(shaped_rewards, samples_per_prompt=G, baseline=args.baseline)  # [B]
 
         # 4. update: one optimizer step on the whole batch
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.num_steps)
+        decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * decay
+        stats = {"loss/policy": 0.0, "grad_norm": 0.0}
+        minibatch = torch.arange(B, device=device)
         normalizer = (~rewards.isnan()).sum().clamp(min=1)
-        metrics["loss/policy"] = 0.0
-        for micro in torch.arange(B, device=device).split(args.micro_batch_size):
+        for micro in minibatch.split(args.micro_batch_size):
+            mask = completion_mask[micro]
             with autocast:
                 logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
-            loss = policy_loss(logprobs, advantages[micro], completion_mask[micro], normalizer=normalizer)
+            loss = policy_loss(logprobs, advantages[micro], mask, normalizer=normalizer)
             loss.backward()
-            metrics["loss/policy"] += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            stats["loss/policy"] += loss.detach()
+        stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
         # 5. log
         seconds = time.perf_counter() - start
         groups = rewards.view(-1, G)
-        metrics |= {
+        metrics = stats | {
             "reward/mean": rewards.nanmean(),
             **{f"reward/{name}": values.nanmean() for name, values in components.items()},
             "policy/entropy": -(sampled_logprobs * completion_mask).sum() / completion_mask.sum(),  # as sampled
@@ -251,7 +308,9 @@ def main(args: Args) -> dict[str, float]:
             "time/update": seconds - rollout_seconds,
             "tokens_per_second": lengths.sum() / seconds,
         }
-        prompts = common.decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
+        if args.beta:
+            metrics["kl/ref"] = kl.sum() / completion_mask.sum()
+        prompts = decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
         run.log_samples(step, "train", prompts, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
             with autocast:

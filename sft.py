@@ -5,7 +5,7 @@ Loss, over the N target tokens of the optimizer batch, the completions with thei
     L = -1/N sum_i sum_t log pi(y_it | x_i, y_i,<t)
 
 Source: Ouyang et al., arXiv 2203.02155, section 3.5; arXiv 2509.04501, section on supervised fine-tuning. Simplified:
-no packing of several rows into one sequence.
+no packing of several rows into one sequence. Rewards only measure the evaluations.
 
     python sft.py
     python sft.py --model Qwen/Qwen2.5-0.5B --data train.jsonl --learning-rate 1e-5 \\
@@ -29,27 +29,29 @@ class Args:
     model: str = "models/arithmetic"
     """checkpoint folder or hub id of a causal language model"""
     data: str = "arithmetic"
-    """`arithmetic`, a .jsonl file, or a hub data set id, with a prompt and a completion in each row"""
+    """`arithmetic`, a .jsonl file, or a hub data set id"""
     eval_data: str = ""
     """rows for evaluation; without it a tenth of the prompts is held out"""
     reward: tuple[str, ...] = ("exact_answer",)
-    """of the evaluation: one or several of exact_answer, format, length, file.py:function"""
+    """one or several of exact_answer, format, length, file.py:function; the first is the accuracy of evaluations"""
     reward_weights: tuple[float, ...] = ()
     """one weight for each reward; 1 each without it"""
     num_steps: int = 100
-    """optimizer steps"""
+    """steps, each on prompts of its own"""
     prompts_per_step: int = 64
-    """rows in an optimizer step"""
-    micro_batch_size: int = 64
+    """prompts in a step"""
+    micro_batch_size: int = 128
     """sequences in one forward and backward pass; changes memory, never the result"""
     max_new_tokens: int = 8
-    """tokens in a sampled completion, its stop token included"""
+    """tokens in a completion, its stop token included"""
     learning_rate: float = 1e-4
     """AdamW's at its highest; it falls linearly to 0"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises from 0"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     seed: int = 1
-    """of the order of the data"""
+    """of all that is random"""
     device: str = "auto"
     """auto is CUDA, else MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -62,8 +64,55 @@ class Args:
     """folder of the run; runs/<script>-<time> without it"""
     max_length: int = 512
     """tokens of prompt and completion; a longer row is dropped: cut off, it would teach to break off"""
-    warmup_steps: int = 0
-    """steps over which the learning rate rises from 0"""
+
+
+def pick_device(device, dtype):
+    """The device, `auto` being CUDA, else MPS, else the CPU, and the context of forward passes: bfloat16 on CUDA.
+
+    Parameters stay float32: AdamW on bfloat16 ones rounds nearly every RL-sized step away (NVIDIA-NeMo/RL#2322).
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {device}: {str(error).splitlines()[0]}") from None
+    kind = torch.device(device).type
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and kind == "cuda")
+    return torch.device(device), torch.autocast(kind, torch.bfloat16, enabled=bfloat16)
+
+
+def take_batch(rows, *, step, size, seed):
+    """The rows of a step (from 1): epoch after epoch, each in an order that only seed and epoch determine."""
+    orders, batch = {}, []
+    for position in range((step - 1) * size, step * size):
+        epoch, index = divmod(position, len(rows))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(len(rows), generator=generator).tolist()
+        batch.append(rows[orders[epoch][index]])
+    return batch
+
+
+def pad(sequences, side, device):
+    """Token ids and mask [N, longest] of N lists of ids, padded on the side "left" or "right".
+
+    The mask comes from lengths, and what stands in the padding never matters: a mask made by comparing ids with the pad
+    token deletes the stop token where the two are one (huggingface/trl#3091).
+    """
+    width = max(map(len, sequences))
+    ids, mask = torch.zeros(2, len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        columns = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
+        ids[row, columns] = torch.tensor(sequence)
+        mask[row, columns] = 1
+    return ids.to(device), mask.to(device)
+
+
+def decode(tokenizer, ids, mask, *, special=False):
+    """Texts of what the mask keeps of each row, without special tokens unless asked for."""
+    kept = [row[keep] for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
+    return [tokenizer.decode(row, skip_special_tokens=not special) for row in kept]
 
 
 @torch.no_grad()
@@ -126,6 +175,13 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     return log_softmax.gather(-1, completion_ids[..., None])[..., 0] * completion_mask
 
 
+def collate(examples, device):
+    """prompt_ids, prompt_mask [B, P], completion_ids, completion_mask [B, T] of B (prompt ids, completion ids)."""
+    prompt_ids, prompt_mask = pad([prompt for prompt, _ in examples], "left", device)
+    completion_ids, completion_mask = pad([completion for _, completion in examples], "right", device)
+    return prompt_ids, prompt_mask, completion_ids, completion_mask.float()
+
+
 def sft_loss(logprobs, completion_mask, *, normalizer):
     """-sum_i sum_t log pi / normalizer, where the normalizer is the number of target tokens in the whole batch."""
     return -(logprobs * completion_mask).sum() / normalizer
@@ -136,15 +192,17 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
     scores = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        prompt_ids, prompt_mask = common.encode_prompts(tokenizer, batch, model.device)
+        prompt_ids, prompt_mask = pad(
+            [common.prompt_tokens(tokenizer, row["prompt"]) for row in batch], "left", model.device
+        )
         completion_ids, completion_mask, _ = rollout(
             model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=max_new_tokens, temperature=0.0
         )
-        texts = common.decode(tokenizer, completion_ids, completion_mask)
+        texts = decode(tokenizer, completion_ids, completion_mask)
         _, components = score(batch, texts)
         scores.append(next(iter(components.values())))
         if start == 0:
-            prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
+            prompts = decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
             run.log_samples(step, "eval", prompts, texts, components)
     return torch.cat(scores).nanmean().item()
 
@@ -152,26 +210,25 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
     run = common.Run(args)
-    device, autocast = common.pick_device(args.device, args.dtype)
+    device, autocast = pick_device(args.device, args.dtype)
     model, tokenizer = common.load_model(args.model, device)
     stop_ids = model.generation_config.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     columns = ("prompt", "completion")
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
     score = common.load_reward(args.reward, args.reward_weights)
-    examples = [
-        (
-            common.prompt_tokens(tokenizer, row["prompt"]),
-            common.completion_tokens(tokenizer, row["prompt"], row["completion"], stop_ids),
-        )
-        for row in train_rows
-    ]
-    fitting = [(prompt, completion) for prompt, completion in examples if len(prompt + completion) <= args.max_length]
-    if len(fitting) < len(examples):
-        print(f"dropped {len(examples) - len(fitting)} of {len(examples)} rows longer than {args.max_length} tokens")
-    if not fitting:
+    examples = []
+    for row in train_rows:
+        prompt = common.prompt_tokens(tokenizer, row["prompt"])
+        completion = common.completion_tokens(tokenizer, row["prompt"], row["completion"], stop_ids)
+        examples += [(prompt, completion)] if len(prompt + completion) <= args.max_length else []
+    if len(examples) < len(train_rows):
+        dropped = f"{len(train_rows) - len(examples)} of {len(train_rows)} rows"
+        print(f"dropped {dropped} that are longer than {args.max_length} tokens, prompt included")
+    if not examples:
         raise SystemExit(f"--max-length {args.max_length}: every row is longer")
-    greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": args.micro_batch_size}
+    B = args.prompts_per_step
+    greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
 
     with autocast:
         accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
@@ -179,33 +236,34 @@ def main(args: Args) -> dict[str, float]:
     for step in range(1, args.num_steps + 1):
         # 1. demonstrations: B rows of P prompt and T completion tokens
         start = time.perf_counter()
-        rows = common.take_batch(fitting, step, args.prompts_per_step, args.seed)
-        prompt_ids, prompt_mask = common.pad([prompt for prompt, _ in rows], "left", device)  # [B, P]
-        completion_ids, completion_mask = common.pad([completion for _, completion in rows], "right", device)  # [B, T]
-        batch = (prompt_ids, prompt_mask, completion_ids, completion_mask.float())
-        metrics = {}
+        rows = take_batch(examples, step=step, size=args.prompts_per_step, seed=args.seed)
+        batch = collate(rows, device)
+        completion_mask = batch[-1]  # [B, T]
+        lengths = completion_mask.sum(1)  # [B]
 
         # 2. update: one optimizer step on the whole batch
-        decay = 1 - (step - 1) / args.num_steps
-        optimizer.param_groups[0]["lr"] = args.learning_rate * decay * min(1, step / max(1, args.warmup_steps))
-        normalizer = completion_mask.sum()
-        metrics["loss/sft"] = 0.0
-        for micro in torch.arange(len(rows), device=device).split(args.micro_batch_size):
+        decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * decay
+        stats = {"loss/sft": 0.0, "grad_norm": 0.0}
+        minibatch = torch.arange(B, device=device)
+        normalizer = completion_mask[minibatch].sum()
+        for micro in minibatch.split(args.micro_batch_size):
+            mask = completion_mask[micro]
             with autocast:
                 logprobs = token_logprobs(model, *(x[micro] for x in batch))  # [b, T]
-            loss = sft_loss(logprobs, completion_mask[micro], normalizer=normalizer)
+            loss = sft_loss(logprobs, mask, normalizer=normalizer)
             loss.backward()
-            metrics["loss/sft"] += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            stats["loss/sft"] += loss.detach()
+        stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
         # 3. log
         seconds = time.perf_counter() - start
-        metrics |= {
-            "completion/length": completion_mask.sum(1).float().mean(),
+        metrics = stats | {
+            "completion/length": lengths.mean(),
             "time/update": seconds,
-            "tokens_per_second": completion_mask.sum() / seconds,
+            "tokens_per_second": lengths.sum() / seconds,
         }
         if step % args.eval_every == 0 or step == args.num_steps:
             with autocast:

@@ -59,6 +59,8 @@ def chat_data(tmp_path):
         {
             "prompt": [{"role": "user", "content": "add " * (i % 4) + f"{i} to {i}"}],
             "completion": [{"role": "assistant", "content": f"#### {2 * i}"}],
+            "chosen": [{"role": "assistant", "content": f"#### {2 * i}"}],
+            "rejected": [{"role": "assistant", "content": f"#### {3 * i + 1}"}],
             "answer": str(2 * i),
         }
         for i in range(12)

@@ -1,9 +1,11 @@
 """Data, tokens, rewards and model loading, and the one-line errors for what a user can get wrong."""
 
 import json
+import re
 import time
 
 import common
+import sft
 
 import pytest
 import torch
@@ -23,15 +25,18 @@ def test_arithmetic_holds_out_the_same_tenth():
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     assert common.load_data("arithmetic", "", 10_000, ())[1] == held_out
     rows = {row["prompt"]: row for row in train + held_out}
+    rejected = rows["What is 37 + 48?"]["rejected"]
     assert rows["What is 37 + 48?"] | {"prompt": ""} == {
         "prompt": "",
         "answer": "85",
         "completion": " 85",
         "chosen": " 85",
-        "rejected": " 75",
+        "rejected": rejected,
     }
-    assert rows["What is 12 + 34?"]["rejected"] == " 56"
     assert all(row["chosen"] != row["rejected"] for row in rows.values())
+    forgotten = [common.without_carry(*map(int, re.findall(r"\d+", row["prompt"]))) for row in rows.values()]
+    share = sum(row["rejected"] == f" {slip}" for row, slip in zip(rows.values(), forgotten)) / len(rows)
+    assert 0.35 < share < 0.4  # half of the three quarters that have something to carry
 
 
 def test_rows_of_one_prompt_are_all_kept_and_held_out_together(tmp_path):
@@ -43,10 +48,10 @@ def test_rows_of_one_prompt_are_all_kept_and_held_out_together(tmp_path):
 
 def test_batches_visit_every_row_once_an_epoch():
     rows = list(range(10))
-    epochs = [row for step in range(1, 11) for row in common.take_batch(rows, step, 4, seed=3)]
+    epochs = [row for step in range(1, 11) for row in sft.take_batch(rows, step=step, size=4, seed=3)]
     assert all(sorted(epochs[start : start + 10]) == rows for start in range(0, 40, 10))
     assert epochs[:10] != epochs[10:20] != rows
-    assert common.take_batch(rows, 1, 4, seed=4) != epochs[:4]
+    assert sft.take_batch(rows, step=1, size=4, seed=4) != epochs[:4]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +184,7 @@ def test_other_mistakes_are_one_line(tmp_path, tokenizer):
     with pytest.raises(SystemExit, match="no such file"):
         common.read_rows("missing.jsonl", ())
     with pytest.raises(SystemExit, match="--device nowhere"):
-        common.pick_device("nowhere", "auto")
+        sft.pick_device("nowhere", "auto")
     with pytest.raises(SystemExit, match="--model nowhere"):
         common.load_model("nowhere", CPU)
     with pytest.raises(SystemExit, match="--reward nonsense"):

@@ -1,0 +1,330 @@
+"""Rejection sampling: sample completions, select the best of them by reward, and fine-tune on these; round after round.
+
+Loss, over the N tokens of the selected completions of an optimizer batch:
+
+    L = -1/N sum_i sum_t log pi(y_it | x_i, y_i,<t)
+
+Each round samples from the policy that the last one left. The strategies: from each prompt its best completion, every
+completion above the threshold, the best of the whole batch whatever their prompts, as many as there are prompts; and
+random, one of each prompt whatever its reward: the control that tells whether the selection taught anything. A best
+completion that is not above the threshold is still a failure: its prompt gives nothing to the round.
+
+Source: arXiv 2509.04501, section on rejection sampling; Touvron et al., arXiv 2307.09288, section 3.2.3; Dong et al.,
+arXiv 2304.06767. Simplified: a round learns from its own completions alone, none are kept from earlier ones.
+
+    python rejection_sampling.py
+    python rejection_sampling.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
+        --micro-batch-size 8 --max-new-tokens 512 --eval-every 50 --eval-prompts 100
+
+A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; every column reaches the reward by name.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import common  # before torch: it calms OpenMP
+
+import torch
+import tyro
+
+
+@dataclass
+class Args:
+    model: str = "models/arithmetic"
+    """checkpoint folder or hub id of a causal language model"""
+    data: str = "arithmetic"
+    """`arithmetic`, a .jsonl file, or a hub data set id"""
+    eval_data: str = ""
+    """rows for evaluation; without it a tenth of the prompts is held out"""
+    reward: tuple[str, ...] = ("exact_answer",)
+    """one or several of exact_answer, format, length, file.py:function; the first is the accuracy of evaluations"""
+    reward_weights: tuple[float, ...] = ()
+    """one weight for each reward; 1 each without it"""
+    num_steps: int = 60
+    """steps, each on prompts of its own"""
+    prompts_per_step: int = 32
+    """prompts in a step"""
+    samples_per_prompt: int = 8
+    """completions of each prompt"""
+    micro_batch_size: int = 128
+    """sequences in one forward and backward pass; changes memory, never the result"""
+    max_new_tokens: int = 8
+    """tokens in a completion, its stop token included"""
+    temperature: float = 1.0
+    """divides the logits, in sampling and in every log-prob"""
+    learning_rate: float = 1e-4
+    """AdamW's at its highest; it falls linearly to 0"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises from 0"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    seed: int = 1
+    """of all that is random"""
+    device: str = "auto"
+    """auto is CUDA, else MPS, else the CPU"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of forward passes: auto is bfloat16 on CUDA, float32 elsewhere; parameters are always float32"""
+    eval_every: int = 10
+    """steps between evaluations"""
+    eval_prompts: int = 500
+    """held-out prompts in an evaluation, at most"""
+    output_dir: str = ""
+    """folder of the run; runs/<script>-<time> without it"""
+    num_epochs: int = 1
+    """passes over the completions of a step"""
+    num_minibatches: int = 1
+    """optimizer steps in a pass"""
+    strategy: Literal["best_of_prompt", "threshold", "best_of_batch", "random"] = "best_of_prompt"
+    """what a round keeps, see above"""
+    threshold: float = 0.5
+    """a completion passes with a reward above it; random asks for none"""
+
+
+def pick_device(device, dtype):
+    """The device, `auto` being CUDA, else MPS, else the CPU, and the context of forward passes: bfloat16 on CUDA.
+
+    Parameters stay float32: AdamW on bfloat16 ones rounds nearly every RL-sized step away (NVIDIA-NeMo/RL#2322).
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {device}: {str(error).splitlines()[0]}") from None
+    kind = torch.device(device).type
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and kind == "cuda")
+    return torch.device(device), torch.autocast(kind, torch.bfloat16, enabled=bfloat16)
+
+
+def take_batch(rows, *, step, size, seed):
+    """The rows of a step (from 1): epoch after epoch, each in an order that only seed and epoch determine."""
+    orders, batch = {}, []
+    for position in range((step - 1) * size, step * size):
+        epoch, index = divmod(position, len(rows))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(len(rows), generator=generator).tolist()
+        batch.append(rows[orders[epoch][index]])
+    return batch
+
+
+def pad(sequences, side, device):
+    """Token ids and mask [N, longest] of N lists of ids, padded on the side "left" or "right".
+
+    The mask comes from lengths, and what stands in the padding never matters: a mask made by comparing ids with the pad
+    token deletes the stop token where the two are one (huggingface/trl#3091).
+    """
+    width = max(map(len, sequences))
+    ids, mask = torch.zeros(2, len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        columns = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
+        ids[row, columns] = torch.tensor(sequence)
+        mask[row, columns] = 1
+    return ids.to(device), mask.to(device)
+
+
+def decode(tokenizer, ids, mask, *, special=False):
+    """Texts of what the mask keeps of each row, without special tokens unless asked for."""
+    kept = [row[keep] for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
+    return [tokenizer.decode(row, skip_special_tokens=not special) for row in kept]
+
+
+@torch.no_grad()
+def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
+    """Sample completions from the plain softmax at the temperature, 0 being greedy: no top-k, top-p or penalties.
+
+    Each prompt, left-padded in prompt_ids and prompt_mask [N, P], is prefilled once, and its KV cache repeated for its
+    samples; a row leaves the batch with its first stop token. Returns completion_ids, completion_mask (1.0 up to and
+    including that token) and the log-probs of the sampled tokens, all [B, T] with B = N * samples_per_prompt.
+    """
+    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
+    P = prompt_ids.shape[1]
+    position_ids = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # absolute positions must not count the padding
+    output = model(
+        input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids, use_cache=True, logits_to_keep=1
+    )
+    cache = output.past_key_values
+    rows = torch.arange(len(prompt_ids), device=prompt_ids.device).repeat_interleave(samples_per_prompt)
+    cache.reorder_cache(rows)  # which every kind of cache has, those of linear attention included
+    logits = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)  # [B, V]
+    mask = prompt_mask.repeat_interleave(samples_per_prompt, 0)
+    mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], 1)  # [B, P+T]
+    completion_ids = prompt_ids.new_zeros(len(mask), max_new_tokens)
+    completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
+    logprobs = torch.zeros_like(completion_mask)
+    alive = torch.arange(len(mask), device=mask.device)  # rows of the result that the batch still holds
+    for t in range(max_new_tokens):
+        log_softmax = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+        token = log_softmax.exp().multinomial(1) if temperature > 0 else log_softmax.argmax(-1, keepdim=True)
+        completion_ids[alive, t] = token[:, 0]
+        completion_mask[alive, t] = 1.0
+        logprobs[alive, t] = log_softmax.gather(1, token)[:, 0]
+        going = ~torch.isin(token[:, 0], stop_ids)
+        if t + 1 == max_new_tokens or not going.any():
+            break
+        if not going.all():
+            cache.reorder_cache(going.nonzero()[:, 0])
+            alive, token, mask = alive[going], token[going], mask[going]
+        seen = mask[:, : P + t + 1]
+        position_ids = seen.sum(1, keepdim=True) - 1
+        logits = model(
+            input_ids=token, attention_mask=seen, position_ids=position_ids, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+    return completion_ids[:, : t + 1], completion_mask[:, : t + 1], logprobs[:, : t + 1]
+
+
+def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
+    """log pi(y_t | x, y_<t) of given completions [B, T], 0 after their end, under the temperature that sampled them."""
+    input_ids = torch.cat([prompt_ids, completion_ids], 1)  # [B, P+T]
+    attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        logits_to_keep=completion_ids.shape[1] + 1,
+    ).logits[:, :-1]  # [B, T, V]: the logits at position t predict token t + 1
+    log_softmax = (logits.float() / temperature).log_softmax(-1)  # noisy in bfloat16: huggingface/transformers#31267
+    return log_softmax.gather(-1, completion_ids[..., None])[..., 0] * completion_mask
+
+
+def select(rewards, texts, *, samples_per_prompt, strategy, threshold, generator):
+    """Indices, ascending, of the completions to learn from; NaN, not scored, is never one of them.
+
+    rewards [B] and B texts, a prompt's samples adjacent. Ties fall to any of the tied, as the generator decides, and
+    never to the first. Where a prompt may give several completions, those of equal text count once.
+    """
+    order = torch.randperm(len(rewards), generator=generator)
+    if strategy != "random":
+        order = order[rewards[order].argsort(descending=True, stable=True)]
+    kept, seen = [], set()
+    for index in order.tolist():
+        prompt = index // samples_per_prompt
+        key = prompt if strategy in ("best_of_prompt", "random") else (prompt, texts[index])
+        passed = rewards[index] > threshold if strategy != "random" else not rewards[index].isnan()
+        if passed and key not in seen:
+            seen.add(key)
+            kept.append(index)
+    if strategy == "best_of_batch":
+        kept = kept[: len(rewards) // samples_per_prompt]
+    return torch.tensor(sorted(kept), dtype=torch.long)
+
+
+def sft_loss(logprobs, completion_mask, *, normalizer):
+    """-sum_i sum_t log pi / normalizer, where the normalizer is the number of target tokens in the whole batch."""
+    return -(logprobs * completion_mask).sum() / normalizer
+
+
+def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_size):
+    """Mean of the first reward over greedy completions of held-out prompts: the accuracy, where that is 0 or 1."""
+    scores = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        prompt_ids, prompt_mask = pad(
+            [common.prompt_tokens(tokenizer, row["prompt"]) for row in batch], "left", model.device
+        )
+        completion_ids, completion_mask, _ = rollout(
+            model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=max_new_tokens, temperature=0.0
+        )
+        texts = decode(tokenizer, completion_ids, completion_mask)
+        _, components = score(batch, texts)
+        scores.append(next(iter(components.values())))
+        if start == 0:
+            prompts = decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
+            run.log_samples(step, "eval", prompts, texts, components)
+    return torch.cat(scores).nanmean().item()
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, evaluate, save; returns the last value of every metric."""
+    run = common.Run(args)
+    device, autocast = pick_device(args.device, args.dtype)
+    model, tokenizer = common.load_model(args.model, device)
+    stop_ids = model.generation_config.eos_token_id
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    columns = ("prompt",)
+    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
+    score = common.load_reward(args.reward, args.reward_weights)
+    G, B = args.samples_per_prompt, args.prompts_per_step * args.samples_per_prompt
+    sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
+
+    with autocast:
+        accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
+    run.log(0, {"eval/accuracy": accuracy})
+    for step in range(1, args.num_steps + 1):
+        # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
+        start = time.perf_counter()
+        rows = take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed)
+        prompt_ids, prompt_mask = pad([common.prompt_tokens(tokenizer, row["prompt"]) for row in rows], "left", device)
+        with autocast:
+            completion_ids, completion_mask, sampled_logprobs = rollout(model, prompt_ids, prompt_mask, **sampling)
+        rows = [row for row in rows for _ in range(G)]
+        prompt_ids, prompt_mask = prompt_ids.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # [B, P]
+        lengths = completion_mask.sum(1)  # [B]
+        ended = torch.isin(completion_ids, torch.tensor(stop_ids, device=device)) & (completion_mask > 0)  # [B, T]
+        truncated = ~ended.any(1)  # [B]
+        rollout_seconds = time.perf_counter() - start
+
+        # 2. score
+        texts = decode(tokenizer, completion_ids, completion_mask)
+        rewards, components = score(rows, texts)
+        rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
+        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update, though its length is logged
+        batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+
+        # 3. select: kept [K] are rows of the batch
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        how = {"strategy": args.strategy, "threshold": args.threshold, "generator": generator}
+        kept = select(rewards.cpu(), texts, samples_per_prompt=G, **how)
+        passes = [kept[torch.randperm(len(kept))].to(device) for _ in range(args.num_epochs)]
+        minibatches = [minibatch for order in passes for minibatch in order.chunk(args.num_minibatches) if len(order)]
+
+        # 4. update: one optimizer step on each minibatch
+        decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * decay
+        stats = {"loss/sft": 0.0, "grad_norm": 0.0}
+        for minibatch in minibatches:
+            normalizer = completion_mask[minibatch].sum()
+            for micro in minibatch.split(args.micro_batch_size):
+                mask = completion_mask[micro]
+                with autocast:
+                    logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
+                loss = sft_loss(logprobs, mask, normalizer=normalizer)
+                loss.backward()
+                stats["loss/sft"] += loss.detach()
+            stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        stats = {name: total / len(minibatches) for name, total in stats.items() if minibatches}
+
+        # 5. log
+        seconds = time.perf_counter() - start
+        groups = rewards.view(-1, G)
+        metrics = stats | {
+            "reward/mean": rewards.nanmean(),
+            **{f"reward/{name}": values.nanmean() for name, values in components.items()},
+            "select/kept": len(kept) / B,
+            "select/prompts": len(set((kept // G).tolist())) / args.prompts_per_step,
+            "select/reward": rewards[kept].mean(),
+            "policy/entropy": -(sampled_logprobs * completion_mask).sum() / completion_mask.sum(),  # as sampled
+            "completion/length": lengths.mean(),
+            "completion/truncated": truncated.float().mean(),
+            "group/zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
+            "time/rollout": rollout_seconds,
+            "time/update": seconds - rollout_seconds,
+            "tokens_per_second": lengths.sum() / seconds,
+        }
+        prompts = decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
+        run.log_samples(step, "train", prompts, texts, components)
+        if step % args.eval_every == 0 or step == args.num_steps:
+            with autocast:
+                metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
+        run.log(step, metrics)
+    return run.finish(model, tokenizer)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

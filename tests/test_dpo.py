@@ -1,0 +1,136 @@
+"""DPO's losses against formulas in plain floats, and its pairs."""
+
+import json
+import math
+
+import common
+import dpo
+
+import pytest
+import torch
+
+CHOSEN, REJECTED = [-4.0, -1.0, -7.5], [-3.0, -6.0, -7.0]
+REF_CHOSEN, REF_REJECTED = [-5.0, -2.0, -6.0], [-2.5, -2.0, -7.5]
+LOSS_TYPES = ["sigmoid", "ipo", "hinge", "robust", "sppo", "simpo"]
+
+
+def loss_of(loss_type, label_smoothing=0.0, beta=0.3, logps=(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED)):
+    tensors = [torch.tensor(x, dtype=torch.float64) for x in logps]
+    return dpo.dpo_loss(*tensors, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, gamma=0.4)
+
+
+def by_hand(loss_type, w, l, rw, rl, e, beta=0.3):
+    def nls(x):  # -log sigmoid
+        return math.log(1 + math.exp(-x))
+
+    d = (w - rw) - (l - rl)
+    return {
+        "sigmoid": (1 - e) * nls(beta * d) + e * nls(-beta * d),
+        "robust": ((1 - e) * nls(beta * d) - e * nls(-beta * d)) / (1 - 2 * e),
+        "ipo": (d - 1 / (2 * beta)) ** 2,
+        "hinge": max(0.0, 1 - beta * d),
+        "sppo": (w - rw - 1 / (2 * beta)) ** 2 + (l - rl + 1 / (2 * beta)) ** 2,
+        "simpo": nls(beta * (w - l) - 0.4),
+    }[loss_type]
+
+
+@pytest.mark.parametrize(("loss_type", "e"), [*((t, 0.0) for t in LOSS_TYPES), ("sigmoid", 0.1), ("robust", 0.1)])
+def test_losses_are_the_docstrings_formulas(loss_type, e):
+    expected = [by_hand(loss_type, *pair, e) for pair in zip(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED)]
+    got = loss_of(loss_type, e)
+    assert got.shape == (3,) and got.dtype == torch.float32
+    assert got.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "value"),
+    [("sigmoid", math.log(2)), ("robust", math.log(2)), ("hinge", 1.0), ("ipo", 25.0), ("sppo", 50.0)],
+)
+def test_loss_at_the_reference(loss_type, value):
+    """Where the policy is the reference every margin is 0: log 2 for the sigmoid, with smoothing or without."""
+    logps = (CHOSEN, REJECTED, CHOSEN, REJECTED)
+    assert loss_of(loss_type, beta=0.1, logps=logps).tolist() == pytest.approx([value] * 3)
+    if loss_type in ("sigmoid", "robust"):
+        assert loss_of(loss_type, 0.2, beta=0.1, logps=logps).tolist() == pytest.approx([value] * 3)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.5, -0.1])
+def test_label_smoothing_where_it_is_not_defined_is_refused(loss_type, label_smoothing):
+    if loss_type in ("sigmoid", "robust") and label_smoothing == 0.1:
+        loss_of(loss_type, label_smoothing)
+    else:
+        with pytest.raises(ValueError, match="sigmoid or robust"):
+            loss_of(loss_type, label_smoothing)
+
+
+def test_robust_is_unbiased_under_flipped_labels():
+    """With a share e of pairs the wrong way round its expectation is the loss of clean pairs (arXiv 2403.00409)."""
+    e, swapped = 0.2, (REJECTED, CHOSEN, REF_REJECTED, REF_CHOSEN)
+    expectation = (1 - e) * loss_of("robust", e) + e * loss_of("robust", e, logps=swapped)
+    torch.testing.assert_close(expectation, loss_of("sigmoid"))
+
+
+def test_sequence_logprobs_is_a_sum_and_a_mean_for_ipo_and_simpo():
+    logprobs, mask = torch.tensor([[-1.0, -2.0, -9.0], [-1.0, -2.0, -3.0]]), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
+    for loss_type in LOSS_TYPES:
+        expected = [-1.5, -2.0] if loss_type in ("ipo", "simpo") else [-3.0, -6.0]
+        assert dpo.sequence_logprobs(logprobs, mask, loss_type=loss_type).tolist() == expected
+
+
+def args_of(tmp_path, name, **settings):
+    args = dpo.Args(num_steps=3, prompts_per_step=4, eval_every=3, eval_prompts=4, micro_batch_size=6, **settings)
+    args.output_dir = str(tmp_path / name)
+    return args
+
+
+def metrics_of(tmp_path, name):
+    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()][1:]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_runs_with_each_loss(loss_type, tmp_path):
+    dpo.main(args_of(tmp_path, "run", loss_type=loss_type))
+    rows = metrics_of(tmp_path, "run")
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    if loss_type == "sigmoid":
+        assert rows[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    if loss_type != "simpo":
+        assert rows[0]["reward/margin"] == pytest.approx(0.0, abs=1e-4)
+    for row in rows:
+        assert row["reward/margin"] == pytest.approx(row["reward/chosen"] - row["reward/rejected"], abs=1e-4)
+    assert rows[2]["logps/chosen"] < 0 and rows[2]["logps/rejected"] < 0
+
+
+def test_kept_and_live_references_agree(tmp_path):
+    """Over more than an epoch, so that a kept row is used again after the policy has moved."""
+    data = tmp_path / "d.jsonl"
+    rows = common.arithmetic()[:12]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for reference in ("kept", "live"):
+        args = args_of(tmp_path, reference, data=str(data), reference=reference)
+        args.num_steps, args.learning_rate = 6, 1e-3
+        dpo.main(args)
+    for kept, live in zip(metrics_of(tmp_path, "kept"), metrics_of(tmp_path, "live")):
+        for name in ("loss/dpo", "reward/margin", "reward/chosen", "logps/rejected"):
+            assert kept[name] == pytest.approx(live[name], abs=2e-4), name
+    assert abs(kept["reward/margin"]) > 0.1
+
+
+def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path, capsys):
+    rows = [
+        {"prompt": "What is 1 + 1?", "chosen": " 2", "rejected": " 3"},
+        {"prompt": "What is 1 + 2?", "chosen": " 3", "rejected": " 4"},
+        {"prompt": "What is 1 + 3?", "chosen": " 4", "rejected": " 4"},  # equal
+        {"prompt": "What is 1 + 4?", "chosen": " 5555", "rejected": " 5554"},  # equal once cut off
+        {"prompt": "What is the sum of 1 + 5?", "chosen": " 6", "rejected": " 7"},  # no room left
+    ]
+    data, eval_data = tmp_path / "d.jsonl", tmp_path / "e.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    eval_data.write_text(json.dumps(rows[0]) + "\n")
+    args = args_of(tmp_path, "run", data=str(data), eval_data=str(eval_data), max_length=18)
+    dpo.main(args)
+    assert "dropped 3 of 5 pairs" in capsys.readouterr().out
+    args = args_of(tmp_path, "none", data=str(data), eval_data=str(eval_data), max_length=10)
+    with pytest.raises(SystemExit, match="--max-length 10"):
+        dpo.main(args)

@@ -1,0 +1,174 @@
+"""TRPO's parts against linear algebra on explicit matrices, and the bound in a real run."""
+
+import json
+
+import common
+import trpo
+
+import pytest
+import torch
+from conftest import random_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+V = 5
+PROMPT = torch.tensor([[1, 2], [0, 3], [4, 4]])
+PROMPT_MASK = torch.tensor([[1, 1], [0, 1], [1, 1]])
+COMPLETION = torch.tensor([[1, 2, 0], [3, 0, 4], [2, 2, 2]])
+MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+BATCH = (PROMPT, PROMPT_MASK, COMPLETION, MASK)
+
+
+def fvp_of(model, vector, temperature=0.7, **settings):
+    split = list(zip(*(x.split(2) for x in BATCH)))
+    factors = [trpo.fisher_factors(model, chunk, temperature=temperature, normalizer=MASK.sum()) for chunk in split]
+    return trpo.fisher_vector_product(factors, list(model.parameters()), vector, **settings)
+
+
+@pytest.fixture
+def small_model():
+    model = random_model("llama", vocab_size=V)
+    assert model.config._attn_implementation == "sdpa"  # of which the fused kernels have no second derivative
+    return model
+
+
+def test_fisher_vector_product_is_the_explicit_fisher_times_the_vector(small_model):
+    """F = 1/N sum_t sum_y pi(y) g g' with g the gradient of log pi(y), each of them by one plain backward pass."""
+    parameters = list(small_model.parameters())
+    vector = torch.randn(sum(p.numel() for p in parameters), generator=torch.Generator().manual_seed(0))
+    log_softmax = trpo.next_token_logprobs(small_model, *BATCH, temperature=0.7)
+    expected = torch.zeros_like(vector)
+    for b, t in MASK.nonzero().tolist():
+        for y in range(V):
+            g = trpo.flatten(torch.autograd.grad(log_softmax[b, t, y], parameters, retain_graph=True))
+            expected += log_softmax[b, t, y].exp().item() / MASK.sum() * g * (g @ vector)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(fvp_of(small_model, vector), expected, atol=1e-5 * scale, rtol=1e-4)
+    damped = fvp_of(small_model, vector, damping=0.3)
+    torch.testing.assert_close(damped, expected + 0.3 * vector, atol=1e-5 * scale, rtol=1e-4)
+
+
+def test_fisher_is_the_hessian_of_the_measured_kl(small_model):
+    """The KL of the line search, differentiated twice at the policy itself, and its value after a small step."""
+    parameters = list(small_model.parameters())
+    vector = torch.randn(sum(p.numel() for p in parameters), generator=torch.Generator().manual_seed(1))
+    with sdpa_kernel(SDPBackend.MATH):
+        new = trpo.next_token_logprobs(small_model, *BATCH, temperature=0.7)
+    kl = ((new.detach().exp() * (new.detach() - new)).sum(-1) * MASK).sum() / MASK.sum()
+    gradient = trpo.flatten(torch.autograd.grad(kl, parameters, create_graph=True))
+    assert gradient.abs().max() < 1e-5
+    hessian_vector = trpo.flatten(torch.autograd.grad(gradient @ vector, parameters))
+    product = fvp_of(small_model, vector)
+    torch.testing.assert_close(product, hessian_vector, atol=1e-5 * product.abs().max().item(), rtol=1e-3)
+
+    step = vector * (2 * 1e-3 / (vector @ product)).sqrt()  # for which half of step' F step is 0.001
+    moved = random_model("llama", vocab_size=V)
+    with torch.no_grad():
+        for parameter, delta in zip(moved.parameters(), step.split([p.numel() for p in parameters])):
+            parameter += delta.view_as(parameter)
+    chunks = [(*chunk, torch.ones(len(chunk[0]))) for chunk in zip(*(x.split(2) for x in BATCH))]
+    _, kl = trpo.surrogate_and_kl(moved, small_model, chunks, temperature=0.7)
+    assert kl.item() == pytest.approx(1e-3, rel=0.1)
+    _, none = trpo.surrogate_and_kl(small_model, small_model, chunks, temperature=0.7)
+    assert none.item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_surrogate_and_kl_of_another_policy(small_model):
+    other = random_model("llama", vocab_size=V)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(0.8)
+    advantages = torch.tensor([1.0, -0.5, 2.0])
+    old = trpo.token_logprobs(small_model, *BATCH, temperature=0.7)
+    new = trpo.token_logprobs(other, *BATCH, temperature=0.7)
+    expected = ((new - old).exp() * advantages[:, None] * MASK).sum() / MASK.sum()
+    chunks = [(*BATCH, advantages)]
+    surrogate, kl = trpo.surrogate_and_kl(other, small_model, chunks, temperature=0.7)
+    torch.testing.assert_close(surrogate, expected)
+    old, new = (trpo.next_token_logprobs(model, *BATCH, temperature=0.7) for model in (small_model, other))
+    expected = torch.nn.functional.kl_div(new, old, log_target=True, reduction="none").sum(-1)  # KL(old || new)
+    torch.testing.assert_close(kl, (expected * MASK).sum() / MASK.sum())
+    assert kl > 0.01
+
+
+def test_conjugate_gradient_solves():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    matrix, b = root @ root.T + torch.eye(20), torch.randn(20, generator=generator, dtype=torch.float64)
+    x, residual = trpo.conjugate_gradient(lambda v: matrix @ v, b, iterations=40, tolerance=1e-9)
+    torch.testing.assert_close(x, torch.linalg.solve(matrix, b))
+    assert residual < 1e-9
+    products = []
+    x, residual = trpo.conjugate_gradient(lambda v: products.append(v) or matrix @ v, b, iterations=3, tolerance=0.0)
+    assert len(products) == 3  # and the residual that is reported is the residual
+    assert residual.item() == pytest.approx(((b - matrix @ x).norm() / b.norm()).item())
+    products.clear()
+    trpo.conjugate_gradient(lambda v: products.append(v) or matrix @ v, b, iterations=40, tolerance=0.1)
+    assert 3 < len(products) < 20  # it stops once the residual is small enough
+    x, _ = trpo.conjugate_gradient(lambda v: -v, b, iterations=5, tolerance=0.0)
+    assert (x == 0).all()  # no step along a direction without curvature
+
+
+@pytest.mark.parametrize(
+    ("slope", "curvature", "step", "fraction"),
+    [
+        (1.0, 1.0, 1.0, 0.25),  # KL 0.5 x^2: within 0.04 at 1 / 4
+        (1.0, 0.01, 1.0, 1.0),  # the whole step is within the bound
+        (-1.0, 1.0, 1.0, 0.0),  # the surrogate falls along the step
+        (1.0, 1e9, 1.0, 0.0),  # no fraction is within the bound
+    ],
+)
+def test_line_search(slope, curvature, step, fraction):
+    start = torch.tensor([0.1, 0.3])
+    parameters = [torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.tensor([[0.7]]))]
+    before = [parameter.clone() for parameter in parameters]
+
+    def measure():
+        moved = (parameters[0][0] - 0.1).item()
+        return slope * moved, 0.5 * curvature * moved**2
+
+    direction = torch.tensor([step, 0.0, 0.5])
+    taken, kl = trpo.line_search(measure, parameters, direction, max_kl=0.04, max_backtracks=6)
+    assert taken == fraction and kl <= 0.04
+    if fraction:
+        torch.testing.assert_close(parameters[0].data, start + torch.tensor([step, 0.0]) * fraction)
+        torch.testing.assert_close(parameters[1].data, torch.tensor([[0.7 + 0.5 * fraction]]))
+    else:
+        assert all((now == then).all() for now, then in zip(parameters, before))
+
+
+def test_line_search_refuses_what_is_not_finite():
+    parameter = torch.nn.Parameter(torch.ones(1))
+
+    def measure():
+        return parameter.item(), 0.0 if parameter.item() == 1 else float("nan")
+
+    assert trpo.line_search(measure, [parameter], torch.ones(1), max_kl=1.0, max_backtracks=3) == (0.0, 0.0)
+    assert parameter.item() == 1.0
+
+
+def test_measured_kl_never_passes_the_bound(tmp_path, monkeypatch):
+    searches, line_search = [], trpo.line_search
+    monkeypatch.setattr(trpo, "line_search", lambda m, *a, **k: searches.append(m()) or line_search(m, *a, **k))
+    args = trpo.Args(num_steps=6, prompts_per_step=8, max_kl=0.05, eval_every=6, eval_prompts=8)
+    args.micro_batch_size, args.output_dir = 10, str(tmp_path / "run")
+    trpo.main(args)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    assert len(searches) == sum("kl/old" in row for row in rows)  # a step without a gradient has nothing to search
+    bounds = [0.05 * (1 - step / 6) for step in range(6)]
+    assert len(searches) >= 3 and all(abs(kl) < 1e-6 for _, kl in searches)  # each from the policy that sampled
+    searched = [(row, bound) for row, bound in zip(rows, bounds) if "kl/old" in row]
+    assert all(row["kl/old"] <= bound for row, bound in searched)
+    assert sum(row["kl/old"] > 0.1 * bound for row, bound in searched) >= 3  # and uses it
+    for row, bound in searched:
+        assert row["kl/predicted"] == pytest.approx(row["line_search/fraction"] ** 2 * bound)
+        assert row["line_search/failed"] == (row["line_search/fraction"] == 0)
+        assert row["cg/residual"] >= 0
+
+
+def test_a_failed_search_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(trpo, "surrogate_and_kl", lambda *a, **k: (0.0, 0.0))  # never rises
+    args = trpo.Args(num_steps=2, prompts_per_step=16, eval_prompts=4, output_dir=str(tmp_path / "run"))
+    metrics = trpo.main(args)
+    assert metrics["line_search/failed"] == 1 and metrics["line_search/fraction"] == 0
+    before = common.load_model("models/arithmetic", torch.device("cpu"))[0].state_dict()
+    after = common.load_model(str(tmp_path / "run" / "model"), torch.device("cpu"))[0].state_dict()
+    assert all((before[name] == after[name]).all() for name in before)
