@@ -1,0 +1,47 @@
+"""What README.md claims."""
+
+import json
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO / "benchmarks"))
+
+import defaults  # noqa: E402
+
+
+def test_the_table_is_that_of_the_stored_runs():
+    results = json.loads(defaults.RESULTS.read_text())
+    assert defaults.START + defaults.table(results) + defaults.END in (REPO / "README.md").read_text()
+    assert all(len(results["runs"][name]) == 3 for name in defaults.RUNS)
+
+
+def test_a_run_is_reduced_to_its_evaluations(tmp_path, monkeypatch):
+    """table() and run() on a run made up by hand: completions are steps times prompts times samples."""
+
+    def pretend(command, **settings):
+        folder = Path(command[command.index("--output-dir") + 1])
+        steps = [{"step": 0, "time/total": 1.234, "eval/accuracy": 0.25}, {"step": 1, "time/total": 2.0}]
+        steps += [{"step": 2, "time/total": 3.0, "eval/accuracy": 0.75}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+        (folder / "args.json").write_text(json.dumps({"prompts_per_step": 3, "samples_per_prompt": 4}))
+
+    monkeypatch.setattr(defaults.subprocess, "run", pretend)
+    got = defaults.run(["grpo"], 7)
+    assert got == {"seed": 7, "samples": [0, 24], "seconds": [1.23, 3.0], "accuracy": [0.25, 0.75]}
+    assert defaults.run(["dpo"], 7)["samples"] == [0, 12]
+    runs = {"sft": [got, got | {"accuracy": [0.25, 0.5], "seconds": [1.0, 4.0]}]}
+    line = defaults.table({"machine": "here", "runs": runs}).splitlines()[2]
+    assert line == "| [sft.py](sft.py) | log-likelihood of demonstrations | 0.25 | 0.50 to 0.75 | 3 to 4 |"
+
+
+def test_the_stored_runs_show_what_is_claimed():
+    runs = json.loads(defaults.RESULTS.read_text())["runs"]
+    least = dict.fromkeys(["trpo", "rejection_sampling", "dpo"], 0.8)
+    for name in ("sft", "rejection_sampling", "reinforce", "trpo", "ppo", "grpo", "dpo", "grape"):
+        assert all(run["accuracy"][0] <= 0.35 for run in runs[name]), name
+        assert all(run["accuracy"][-1] >= least.get(name, 0.9) for run in runs[name]), name
+        assert all(run["seconds"][-1] <= (180 if name == "trpo" else 120) for run in runs[name]), name
+    # confidence weighting and selection buy something: the runs without them all end lower
+    for name, control in (("grape", "grape, unweighted"), ("rejection_sampling", "rejection_sampling, random")):
+        assert max(run["accuracy"][-1] for run in runs[control]) < min(run["accuracy"][-1] for run in runs[name])
