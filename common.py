@@ -248,6 +248,16 @@ def call_reward(name: str, function: Callable, rows: list[Row], texts: list[str]
     return values
 
 
+def call_verifier(name: str, function: Callable, rows: list[Row], texts: list[str]) -> torch.Tensor:
+    """Scores and confidences [2, B] by a reward function that returns pairs of them, or scores of confidence 1."""
+    values = call_reward(name, function, rows, texts)
+    pairs = [value if isinstance(value, tuple | list) else (value, 1.0) for value in values]
+    for pair in pairs:
+        if len(pair) != 2 or (pair[0] is not None and not 0 <= pair[1] <= 1):
+            raise SystemExit(f"verifier {name}: returned {pair}, not a score or (score, confidence from 0 to 1)")
+    return torch.tensor([[float("nan") if value is None else float(value) for value in pair] for pair in pairs]).T
+
+
 def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
     """The weighted sum of rewards, each a name in REWARDS or `file.py:function` with TRL's signature,
     `reward(prompts, completions, **columns) -> list[float | None]`.
@@ -255,6 +265,8 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
     Returns score(rows, completions) -> rewards [B], {name: values [B]}. None, for a completion that a function cannot
     score, counts for nothing; where no function could, the reward is NaN and the row takes no part in the update.
     """
+    if not names:
+        raise SystemExit("--reward: name at least one, the first measures the evaluations")
     if weights and len(weights) != len(names):
         raise SystemExit(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
     functions = {name.rpartition(":")[2]: load_function(name) for name in names}
@@ -275,6 +287,8 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
 
 def load_rubrics(paths: tuple[str, ...]) -> dict[str, list[dict]]:
     """{category: items} of rubric files, grape.py's; the function stands in place of the name of an item's verifier."""
+    if not paths:
+        raise SystemExit("--rubric: name at least one file")
     rubrics = {}
     for path in map(bundled, paths):
         try:
@@ -284,8 +298,8 @@ def load_rubrics(paths: tuple[str, ...]) -> dict[str, list[dict]]:
                 weight, kind = item["weight"], [key for key in ("verifier", "question") if key in item]
                 if len(kind) != 1 or not weight > 0 or not isinstance(item["name"], str):
                     raise ValueError(f'{item} needs a "name", a "weight" above 0, a "verifier" or a "question"')
-            if category in rubrics or len({item["name"] for item in items}) < len(items):
-                raise ValueError("a second rubric of this category, or a second item of one name")
+            if not items or category in rubrics or len({item["name"] for item in items}) < len(items):
+                raise ValueError("no items, a second rubric of this category, or a second item of one name")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"--rubric {path}: {error!r}; see the example in grape.py's docstring") from None
         for item in items:

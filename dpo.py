@@ -10,9 +10,9 @@ Loss, the mean over pairs, with h = log pi / pi_ref of a whole completion, h_w o
     sppo      L = (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2                 arXiv 2405.00675
     simpo     L = -log sigmoid(beta (log pi_w - log pi_l) - gamma), per token     arXiv 2405.14734
 
-e is the label smoothing, the share of pairs thought to be the wrong way round: sigmoid with it is conservative DPO, 1 -
-e of a pair's loss and e of the reversed pair's; the losses other than these two refuse it. All but simpo need the
-reference.
+e is the label smoothing, the share of pairs thought to be the wrong way round. sigmoid with it is conservative DPO,
+(1 - e) of a pair's loss and e of the reversed pair's; robust has it as above; the others define none and refuse it.
+All but simpo need the reference.
 
 Source: Rafailov et al., arXiv 2305.18290; arXiv 2509.04501, section on DPO. Simplified: the reference stays the
 starting model. A chosen completion may well lose probability on the way: only the margin is optimised.
@@ -329,7 +329,7 @@ def main(args: Args) -> dict[str, float]:
         decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         stats = {"loss/dpo": 0.0, "grad_norm": 0.0}
-        logps = torch.zeros_like(ref_logps)
+        logps = torch.zeros_like(ref_logps)  # [N, 2]
         minibatch = torch.arange(B, device=device)
         normalizer = len(pairs)
         for micro in minibatch.split(args.micro_batch_size):
@@ -337,7 +337,7 @@ def main(args: Args) -> dict[str, float]:
             with autocast:
                 logprobs = token_logprobs(model, *(x[micro] for x in batch))  # [b, T]
             chosen, rejected = sequence_logprobs(logprobs, mask, loss_type=args.loss_type).view(-1, 2).unbind(1)  # [n]
-            some = micro[::2] // 2
+            some = micro[::2] // 2  # [n], the pairs whose two completions the micro-batch holds
             ref_chosen, ref_rejected = ref_logps[some].unbind(1)
             loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, **loss_settings).sum() / normalizer
             logps[some] = torch.stack([chosen, rejected], 1).detach()

@@ -264,9 +264,7 @@ def score_items(items, rows, texts, ask):
         if "question" in item:
             columns.append(ask(item["question"], rows, texts))
         else:
-            values = common.call_reward(item["name"], item["verifier"], rows, texts)
-            pairs = [value if isinstance(value, tuple | list) else (value, 1.0) for value in values]
-            columns.append(torch.tensor([[float("nan") if x is None else x for x in pair] for pair in pairs]).T)
+            columns.append(common.call_verifier(item["name"], item["verifier"], rows, texts))
     return torch.stack(columns, 2)
 
 
@@ -447,7 +445,7 @@ def main(args: Args) -> dict[str, float]:
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
         passes = [torch.randperm(B).to(device) for _ in range(args.num_epochs)]
         minibatches = [minibatch for order in passes for minibatch in order.chunk(args.num_minibatches)]
-        old_logprobs = ref_logprobs = sampled_logprobs  # [B, T], unless computed here
+        old_logprobs = ref_logprobs = sampled_logprobs  # [B, T]; replaced below where they are needed
         with torch.no_grad(), autocast:
             if len(minibatches) > 1:  # else they are by definition those of the update itself
                 old_logprobs = [token_logprobs(model, *chunk, temperature=args.temperature) for chunk in chunks]

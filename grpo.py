@@ -346,7 +346,7 @@ def main(args: Args) -> dict[str, float]:
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
         passes = [torch.randperm(B).to(device) for _ in range(args.num_epochs)]
         minibatches = [minibatch for order in passes for minibatch in order.chunk(args.num_minibatches)]
-        old_logprobs = ref_logprobs = sampled_logprobs  # [B, T], unless computed here
+        old_logprobs = ref_logprobs = sampled_logprobs  # [B, T]; replaced below where they are needed
         with torch.no_grad(), autocast:
             if len(minibatches) > 1:  # else they are by definition those of the update itself
                 old_logprobs = [token_logprobs(model, *chunk, temperature=args.temperature) for chunk in chunks]

@@ -268,7 +268,7 @@ def main(args: Args) -> dict[str, float]:
         chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
 
         # 3. advantages, after the KL to the starting model is taken off the rewards
-        ref_logprobs = sampled_logprobs  # [B, T], unless computed here
+        ref_logprobs = sampled_logprobs  # [B, T]; replaced below where they are needed
         with torch.no_grad(), autocast:
             if args.beta:
                 ref_logprobs = [token_logprobs(ref_model, *chunk, temperature=args.temperature) for chunk in chunks]

@@ -193,8 +193,8 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 def select(rewards, texts, *, samples_per_prompt, strategy, threshold, generator):
     """Indices, ascending, of the completions to learn from; NaN, not scored, is never one of them.
 
-    rewards [B] and B texts, a prompt's samples adjacent. Ties fall to any of the tied, as the generator decides, and
-    never to the first. Where a prompt may give several completions, those of equal text count once.
+    rewards [B] and B texts, a prompt's samples adjacent. Ties fall to any of the tied, as the generator decides,
+    not to the one sampled first. Where a prompt may give several completions, those of equal text count once.
     """
     order = torch.randperm(len(rewards), generator=generator)
     if strategy != "random":

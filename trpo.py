@@ -8,7 +8,8 @@ to first order in L and second in D. F, the Hessian of D at pi_old (the Fisher m
 with: conjugate gradient solves (F + damping) x = grad L, and the step is sqrt(2 d / x'Fx) x, of which D is predicted to
 be d. It is halved until L has risen and D is within d, both measured anew on the whole batch; if that never happens the
 parameters stay as they are. The KL is exact, over the whole vocabulary: from samples the matrix would be noise. F takes
-some completions of each prompt, whose graph is kept for all products of an update. F, L and D are float32 throughout.
+some completions of each prompt, whose graph is kept for all products of an update. F, and L and D of the search, are
+float32; on a GPU grad L is not.
 
 Source: Schulman et al., arXiv 1502.05477, section 6 and appendix C; arXiv 2509.04501, section on TRPO. Simplified: the
 bound falls linearly to 0, as the learning rate does in the other scripts, to which it corresponds.
@@ -381,7 +382,7 @@ def main(args: Args) -> dict[str, float]:
         chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
 
         # 3. advantages, after the KL to the starting model is taken off the rewards
-        ref_logprobs = sampled_logprobs  # [B, T], unless computed here
+        ref_logprobs = sampled_logprobs  # [B, T]; replaced below where they are needed
         with torch.no_grad(), autocast:
             if args.beta:
                 ref_logprobs = [token_logprobs(ref_model, *chunk, temperature=args.temperature) for chunk in chunks]

@@ -216,6 +216,7 @@ def test_questions_go_to_the_starting_model_or_to_the_critic(tmp_path, tokenizer
     [
         ("nonsense", "JSONDecodeError"),
         ('{"category": "a"}', "items"),
+        ('{"category": "a", "items": []}', "no items"),
         ('{"category": "a", "items": [{"name": "x", "weight": 1}]}', "needs"),
         ('{"category": "a", "items": [{"name": "x", "weight": 0, "question": "?"}]}', "needs"),
         ('{"category": "a", "items": [{"name": "x", "weight": 1, "question": "?", "verifier": "format"}]}', "needs"),
@@ -239,3 +240,15 @@ def test_a_critic_that_nobody_asks_and_names_that_come_twice_are_refused(tmp_pat
     path = write_rubric(tmp_path, "once", [item])
     with pytest.raises(SystemExit, match="second"):
         common.load_rubrics((path, path))
+
+
+@pytest.mark.parametrize("value", ["(0.5, 1.5)", "(0.5, -0.1)", "(0.5, 0.5, 0.5)", "()"])
+def test_a_verifier_that_returns_nonsense_is_one_line(tmp_path, value):
+    (tmp_path / "v.py").write_text(f"def v(prompts, completions, **columns):\n    return [{value}]\n")
+    function = common.load_function("v.py:v", tmp_path)
+    with pytest.raises(SystemExit, match="verifier v: returned"):
+        common.call_verifier("v", function, [{"prompt": "p"}], [""])
+    with pytest.raises(SystemExit, match="--rubric: name at least one"):
+        common.load_rubrics(())
+    with pytest.raises(SystemExit, match="--reward: name at least one"):
+        common.load_reward((), ())

@@ -225,3 +225,46 @@ def test_flags_of_one_name_mean_one_thing():
             flag = (ast.unparse(field.annotation), text.value.value)
             if field.target.id not in own:
                 assert seen.setdefault(field.target.id, flag) == flag, f"{script}.py: {field.target.id}"
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "trpo"])
+def test_learning_rate_warms_up_and_falls_to_0(script, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    args = SCRIPTS[script].Args(num_steps=4, warmup_steps=2, prompts_per_step=8, eval_prompts=2, learning_rate=1e-3)
+    args.output_dir = str(tmp_path / "run")
+    for name in ("num_epochs", "num_minibatches"):
+        if hasattr(args, name):
+            setattr(args, name, 1)
+    SCRIPTS[script].main(args)
+    assert rates == pytest.approx([0.5e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+@pytest.mark.parametrize("script", ["reinforce", "trpo", "ppo"])
+def test_the_kl_to_the_starting_model_is_taken_off_the_rewards(script, tmp_path, monkeypatch):
+    """What compute_advantages or compute_gae is given, from the rollout's log-probs and another load of the model."""
+    module, seen, rollouts = SCRIPTS[script], [], []
+    name = "compute_gae" if script == "ppo" else "compute_advantages"
+    compute, rollout = getattr(module, name), module.rollout
+    monkeypatch.setattr(module, name, lambda x, *a, **k: seen.append(x.clone()) or compute(x, *a, **k))
+    monkeypatch.setattr(module, "rollout", lambda *a, **k: rollouts.append((a, rollout(*a, **k))) or rollouts[-1][1])
+    (tmp_path / "two.py").write_text(
+        "def two(prompts, completions, **columns):\n    return [2.0, 0.0] * (len(prompts) // 2)\n"
+    )
+    args = module.Args(num_steps=2, prompts_per_step=16, samples_per_prompt=4, eval_prompts=2, eval_every=9, beta=0.5)
+    args.reward, args.temperature, args.output_dir = (f"{tmp_path}/two.py:two",), 0.8, str(tmp_path / "run")
+    if script != "trpo":
+        args.learning_rate = 3e-3
+    module.main(args)
+    (_, prompt_ids, prompt_mask), (ids, mask, sampled) = rollouts[2]  # of the second step, where the policy has moved
+    start = common.load_model("models/arithmetic", torch.device("cpu"))[0]
+    prompts = (x.repeat_interleave(4, 0) for x in (prompt_ids, prompt_mask))
+    with torch.no_grad():
+        kl = (sampled - module.token_logprobs(start, *prompts, ids, mask, temperature=0.8)) * mask
+    assert kl.abs().sum() > 0.01
+    score, ended = torch.tensor([2.0, 0.0] * 32), ((ids == 0) & (mask > 0)).any(1)
+    expected = score - 0.5 * kl.sum(1)
+    if script == "ppo":
+        expected = -0.5 * kl
+        expected[torch.arange(64), mask.sum(1).long() - 1] += score * ended
+    torch.testing.assert_close(seen[1], expected, atol=1e-4, rtol=1e-4)
