@@ -32,6 +32,19 @@ def random_model(kind: str, vocab_size: int = 300, stop_ids=(0,)):
     return model.eval()
 
 
+@pytest.fixture
+def double(monkeypatch):
+    """The scripts' own arithmetic in float64: where they ask for float32, they get float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    load_model = common.load_model
+
+    def load_double(*args, **kwargs):
+        model, tokenizer = load_model(*args, **kwargs)
+        return model.double(), tokenizer
+
+    monkeypatch.setattr(common, "load_model", load_double)
+
+
 @pytest.fixture(params=["llama", "gpt2", "qwen2"])
 def model(request):
     return random_model(request.param, stop_ids=(0, 22, 87, 110, 120, 293))
