@@ -43,6 +43,9 @@ def double(monkeypatch):
         return model.double(), tokenizer
 
     monkeypatch.setattr(common, "load_model", load_double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(params=["llama", "gpt2", "qwen2"])

@@ -1,7 +1,7 @@
 """Every completion that a tiny model can give to a prompt, and what follows from that exactly.
 
-Nothing here is taken from the scripts. Each completion is one row without padding, mask or position ids, through a plain
-forward pass in float64; expectations are sums over all of them, and gradients are autograd's of those sums.
+Nothing here is taken from the scripts. Each completion is one row without padding, mask or position ids, through a
+plain forward pass in float64; expectations are sums over all of them, and gradients are autograd's of those sums.
 """
 
 import torch
@@ -11,7 +11,7 @@ def enumerate_completions(vocab_size, stop_ids, max_new_tokens):
     """Lists of token ids: all that end with a stop token, and all that are cut off at max_new_tokens."""
     done, open_ones = [], [[]]
     for _ in range(max_new_tokens):
-        longer = [start + [token] for start in open_ones for token in range(vocab_size)]
+        longer = [[*start, token] for start in open_ones for token in range(vocab_size)]
         done += [ids for ids in longer if ids[-1] in stop_ids]
         open_ones = [ids for ids in longer if ids[-1] not in stop_ids]
     return done + open_ones
