@@ -144,6 +144,23 @@ def test_chat_template(tokenizer):
     assert tokenizer.decode(ids) == "yes<|endoftext|>"  # the newline that the template writes after it is never sampled
 
 
+def test_a_template_that_writes_bos_gets_no_second_one(tokenizer):
+    """Nor does a completion: both are tokenised from text in which the template has written all there is."""
+    import tokenizers
+
+    bos = tokenizer.eos_token
+    tokenizer._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.eos_token_id)]
+    )
+    assert tokenizer.decode(common.prompt_tokens(tokenizer, "hi")) == f"{bos}hi"  # without a template it is wanted
+    assert tokenizer.decode(common.completion_tokens(tokenizer, "hi", " yes", [0])) == f" yes{bos}"
+    from conftest import CHAT_TEMPLATE
+
+    tokenizer.chat_template = bos + CHAT_TEMPLATE
+    assert tokenizer.decode(common.prompt_tokens(tokenizer, "hi")) == f"{bos}<user>hi<assistant>"
+    assert tokenizer.decode(common.completion_tokens(tokenizer, "hi", "yes", [0])) == f"yes{bos}"
+
+
 def test_load_model_settles_dtype_dropout_stops_and_padded_vocabulary(tmp_path, tokenizer):
     model = random_model("gpt2", vocab_size=300, stop_ids=(7,))  # the tokenizer owns 257 of 300 rows
     model.config.resid_pdrop = model.config.attn_pdrop = 0.5
