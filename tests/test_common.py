@@ -161,6 +161,19 @@ def test_a_template_that_writes_bos_gets_no_second_one(tokenizer):
     assert tokenizer.decode(common.completion_tokens(tokenizer, "hi", "yes", [0])) == f"yes{bos}"
 
 
+def test_a_completion_is_tokenised_apart_from_its_prompt():
+    """Where prompt and completion together would merge into a token that no rollout could have sampled."""
+    import tokenizers
+    import transformers
+
+    vocab = {"x": 0, "a": 1, "b": 2, "ab": 3, "</s>": 4}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("a", "b")]))
+    merging = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+    assert merging("xab").input_ids == [0, 3]
+    assert common.prompt_tokens(merging, "xa") == [0, 1]
+    assert common.completion_tokens(merging, "xa", "bab", [4]) == [2, 3, 4]
+
+
 def test_load_model_settles_dtype_dropout_stops_and_padded_vocabulary(tmp_path, tokenizer):
     model = random_model("gpt2", vocab_size=300, stop_ids=(7,))  # the tokenizer owns 257 of 300 rows
     model.config.resid_pdrop = model.config.attn_pdrop = 0.5

@@ -7,6 +7,7 @@ import grpo
 import ppo
 import reinforce
 import sft
+import trpo
 
 import pytest
 import torch
@@ -249,3 +250,18 @@ def test_values_are_of_the_state_that_a_token_is_sampled_in():
         torch.tensor([[0, 0, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1]]), torch.tensor([[8, 9, 10, 0]]), mask
     )
     torch.testing.assert_close(values, padded, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("log_ratio", [1000.0, -1000.0])
+def test_a_ratio_out_of_all_bounds_stays_finite(log_ratio):
+    """A token that the policy left has an infinite ratio, and infinity times an advantage of 0 is NaN."""
+    old, mask = torch.tensor([[-1.0, -1.0]]), torch.ones(1, 2)
+    for advantage in (0.0, 1.0, -1.0):
+        logprobs = (old + torch.tensor([[0.0, log_ratio]])).requires_grad_()
+        losses = [ppo.policy_loss(logprobs, old, advantage * mask, mask, clip_range=0.2, normalizer=1)]
+        settings = {"loss_type": "grpo", "beta": 0.0, "kl_estimator": "k3", "clip_low": 0.2, "clip_high": 0.2}
+        losses += [grpo.policy_loss(logprobs, old, old, torch.tensor([advantage]), mask, normalizer=1, **settings)]
+        losses += [trpo.policy_loss(logprobs, old, torch.tensor([advantage]), mask, normalizer=1)]
+        for loss in losses:
+            (gradient,) = torch.autograd.grad(loss, logprobs)
+            assert loss.isfinite() and gradient.isfinite().all()

@@ -212,6 +212,25 @@ def test_bfloat16_forward_passes_leave_float32_parameters_that_small_steps_move(
     assert moved > 0.9
 
 
+def test_sft_drops_rows_that_are_too_long_and_fakes_no_stop_token(tmp_path, monkeypatch, capsys):
+    """A row that was cut off would teach to stop, or not to, in the middle of an answer (huggingface/trl#3091)."""
+    rows = [{"prompt": "What is 1 + 1?", "completion": " 2" * n} for n in (1, 2, 9)]
+    rows += [{"prompt": "What is 2 + 2?", "completion": " 4"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "e.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    seen, collate = [], sft.collate
+    monkeypatch.setattr(sft, "collate", lambda examples, device: seen.extend(examples) or collate(examples, device))
+    settings = {"data": str(tmp_path / "d.jsonl"), "eval_data": str(tmp_path / "e.jsonl"), "num_steps": 2}
+    args = sft.Args(prompts_per_step=3, eval_prompts=1, max_length=20, output_dir=str(tmp_path / "run"), **settings)
+    sft.main(args)
+    assert "dropped 1 of 4 rows" in capsys.readouterr().out
+    assert len(seen) == 6 and {len(completion) for _, completion in seen} == {3, 5}
+    assert all(completion[-1] == 0 and 0 not in completion[:-1] for _, completion in seen)
+    args.max_length, args.output_dir = 5, str(tmp_path / "none")
+    with pytest.raises(SystemExit, match="--max-length 5"):
+        sft.main(args)
+
+
 def test_ppos_value_model_starts_at_0_and_shares_nothing_with_the_policy(tmp_path, monkeypatch):
     """So no gradient of the values reaches the policy, and the first advantages are the returns."""
     groups, values = [], []
