@@ -14,6 +14,8 @@ completion i, B completions and N tokens in the optimizer batch, k_t the estimat
     k3 = pi_ref / pi - 1 - log pi_ref / pi    the paper's: unbiased, but its gradient is that of KL(pi_ref || pi)
     k2 = (log pi_ref / pi)^2 / 2              its gradient is that of KL(pi || pi_ref), on-policy (arXiv 2512.21852)
 
+Either gradient is of each token's own KL: what a token does to the KL of those after it counts in rewards alone.
+
 Source: arXiv 2509.04501, section on GRPO; and the papers above. Simplified: the reference stays the starting model, and
 dynamic sampling (arXiv 2503.14476) is left out. Clip range, std and beta default to those of the loss type's own paper.
 

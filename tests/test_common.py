@@ -140,6 +140,7 @@ def test_chat_template(tokenizer):
     prompt = [{"role": "user", "content": "hi"}]
     assert tokenizer.decode(common.prompt_tokens(tokenizer, prompt)) == "<user>hi<assistant>"
     assert common.prompt_tokens(tokenizer, "hi") == common.prompt_tokens(tokenizer, prompt)
+    assert all(type(token) is int for token in common.prompt_tokens(tokenizer, "hi"))  # no BatchEncoding of tensors
     ids = common.completion_tokens(tokenizer, prompt, [{"role": "assistant", "content": "yes"}], [0])
     assert tokenizer.decode(ids) == "yes<|endoftext|>"  # the newline that the template writes after it is never sampled
 

@@ -20,14 +20,13 @@ TEMPERATURE = 0.7
 pytestmark = pytest.mark.usefixtures("double")
 
 
-def oracle_of(max_new_tokens=2, kind="gpt2", seed=None, prompt=(1, 3)):
-    """The oracle of a random model; with a seed, of one whose weights are moved away from it: another policy."""
+def oracle_of(max_new_tokens=2, kind="gpt2", moved=0.0, prompt=(1, 3)):
+    """The oracle of a random model, or of one whose weights are moved away from it: another policy."""
     model = random_model(kind, vocab_size=4).double()
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.01 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += moved * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     return Oracle(model, list(prompt), max_new_tokens=max_new_tokens, temperature=TEMPERATURE)
 
 
@@ -182,7 +181,7 @@ def test_kl_estimators_in_the_loss(max_new_tokens):
     A token's share in the KL of the states that it leads to reaches neither gradient, so that for completions of
     several tokens k2's is not the gradient of the completions' KL, as it is for one token.
     """
-    oracle, other = oracle_of(max_new_tokens), oracle_of(max_new_tokens, seed=1)
+    oracle, other = oracle_of(max_new_tokens), oracle_of(max_new_tokens, moved=0.01)
     exact = oracle.kl(other)
     value, gradient = kl_loss(oracle, other, "k3")
     assert exact.item() > 0.1
@@ -203,9 +202,23 @@ def test_kl_estimators_in_the_loss(max_new_tokens):
     assert oracle.gradient(k1).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("moved", "kl", "k3", "k2"),
+    [(0.005, 0.134, 0.951, 0.989), (0.01, 0.390, 0.914, 0.961), (0.04, 4.091, 0.840, 0.885)],
+)
+def test_how_far_the_gradients_of_k3_and_k2_turn(moved, kl, k3, k2):
+    """Their cosines with the gradient of the KL of completions of 3 tokens; docs/correctness.md quotes them."""
+    oracle, other = oracle_of(3), oracle_of(3, moved=moved)
+    exact = oracle.kl(other)
+    assert exact.item() == pytest.approx(kl, abs=1e-3)
+    for estimator, expected in (("k3", k3), ("k2", k2)):
+        gradient = kl_loss(oracle, other, estimator)[1]
+        assert cosine(gradient, oracle.gradient(exact)) == pytest.approx(expected, abs=1e-3), estimator
+
+
 def test_k1_in_the_reward_is_the_gradient_of_the_completions_kl():
     """As reinforce.py and trpo.py take it off a completion's reward, and ppo.py off each token's."""
-    oracle, other = oracle_of(3), oracle_of(3, seed=1)
+    oracle, other = oracle_of(3), oracle_of(3, moved=0.01)
     logprobs = logprobs_of(oracle)
     kl = (logprobs - logprobs_of(other)).detach() * oracle.mask  # [M, T]
     exact = oracle.gradient(oracle.kl(other))
@@ -303,7 +316,7 @@ def test_fisher_vector_product_over_all_completions():
 
 
 def test_the_searchs_surrogate_and_kl_are_exact():
-    oracle, other = oracle_of(3), oracle_of(3, seed=1)
+    oracle, other = oracle_of(3), oracle_of(3, moved=0.01)
     rewards = rewards_of(oracle)
     surrogate = kl = 0.0
     for row, p in enumerate(oracle.p.detach()):
