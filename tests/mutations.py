@@ -706,6 +706,14 @@ MUTATIONS = [
         UPDATE + "dpo",
     ),
     Mutation(
+        "E5",
+        "Chosen and rejected log-probs are logged apart: both may fall while the margin grows.",
+        "dpo.py",
+        '"logps/rejected": logps[:, 1].mean()',
+        '"logps/rejected": logps[:, 0].mean()',
+        UPDATE + "dpo",
+    ),
+    Mutation(
         "E6",
         "Label smoothing does what it says or is refused.",
         "dpo.py",
@@ -801,6 +809,7 @@ MET = {
     "E2": "ETO#14",
     "E3": "rlhf-book#503",
     "E4": "trl#2423, trl#5542",
+    "E5": "trl#800",
     "E6": "trl#1035",
 }
 

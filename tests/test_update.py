@@ -421,9 +421,12 @@ def test_dpo(record, tokenizer, chat_data, reference):
     rows = [json.loads(line) for line in Path(chat_data).read_text().splitlines()]
     known = [(template(tokenizer, row, "chosen"), template(tokenizer, row, "rejected")) for row in rows]
     assert len(recording.updates) == 2
-    for update, ((examples, _), _) in zip(recording.updates, recording.collated[-2:]):
+    for update, metrics, ((examples, _), _) in zip(recording.updates, recording.metrics, recording.collated[-2:]):
         pairs = list(zip(examples[::2], examples[1::2]))
         assert len(pairs) == 6 and all(pair in known for pair in pairs)
+        for name, column in (("logps/chosen", 0), ("logps/rejected", 1)):
+            logps = [plain_logprobs(update.model, *pair[column], 1.0).sum().item() for pair in pairs]
+            assert metrics[name] == pytest.approx(sum(logps) / len(logps))
         loss = 0.0
         for chosen, rejected in pairs:
             h = [
