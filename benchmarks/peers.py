@@ -1,0 +1,278 @@
+"""Our scripts and TRL's trainers on the same work, one after the other, several rounds in turn: README's second table.
+
+python benchmarks/peers.py                                    the embedded model, all algorithms but PPO
+python benchmarks/peers.py --ppo-trl FOLDER                   with PPO, which TRL had until 1.12.0:
+                                                              pip install --no-deps --target FOLDER trl==1.12.0
+python benchmarks/peers.py --model PATH --only grpo grpo-kl   another model: 2 prompts x 8 samples x 64 tokens
+
+The same model, data, prompts and samples a step, completion length, optimizer (AdamW, no weight decay), float32, threads;
+no gradient checkpointing. Each run is a process of its own. The seconds of a step are the median over the steps after the
+fifth of a run, then over the rounds; the ratios are of runs that stand next to each other. Memory is the process' highest
+resident size when its last step ends; the first step ends so many seconds after the process began, imports included.
+Run it on an idle machine, in an environment with benchmarks/requirements.txt.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+RESULTS = REPO / "benchmarks" / "peers.json"
+PEERS = {
+    "sft": "SFT",
+    "reinforce": "RLOO",
+    "grpo": "GRPO",
+    "grpo-kl": "GRPO, KL",
+    "dpo": "DPO",
+    "ppo": "PPO",
+}
+
+
+def sizes(name, model):
+    """Prompts, samples of each, completion tokens, steps, learning rate."""
+    if model != "models/arithmetic":
+        return {"prompts": 2, "samples": 8, "tokens": 64, "steps": 5, "rate": 1e-6}
+    prompts, samples = {"sft": (32, 1), "dpo": (32, 1), "ppo": (64, 1)}.get(name, (8, 8))
+    return {"prompts": prompts, "samples": samples, "tokens": 8, "steps": 50, "rate": 5e-5 if name == "dpo" else 1e-4}
+
+
+def ours(name, model):
+    """Run our script and return what happened when."""
+    sys.path.insert(0, str(REPO))
+    import common
+
+    module = __import__(name.partition("-")[0])
+    size = sizes(name, model)
+    ends, updates, rollouts, tokens = [], [], [], []
+    log = common.Run.log
+
+    def spy(run, step, metrics):
+        if step:
+            ends.append(time.time())
+            updates.append(float(metrics["time/update"]))
+            rollouts.append(float(metrics.get("time/rollout", 0.0)))
+            tokens.append(float(metrics["completion/length"]))
+        log(run, step, metrics)
+
+    common.Run.log = spy
+    args = module.Args(model=model, num_steps=size["steps"], prompts_per_step=size["prompts"], eval_every=10**9)
+    args.output_dir, args.max_new_tokens, args.learning_rate = tempfile.mkdtemp(), size["tokens"], size["rate"]
+    if name not in ("sft", "dpo"):
+        args.samples_per_prompt = size["samples"]
+    if name in ("grpo", "reinforce"):
+        args.beta = 0.0
+    if name == "grpo-kl":
+        args.beta = 0.04
+    if name == "ppo":
+        args.num_epochs, args.num_minibatches = 4, 1
+    if model != "models/arithmetic":
+        args.micro_batch_size, args.eval_prompts = 16, 1
+    memory = []
+    evaluate = module.evaluate
+
+    def last(run, step, *rest, **settings):  # before the first step a glance, after the last the whole
+        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        rest = list(rest)
+        rest[2] = rest[2] if step else rest[2][:1]
+        return evaluate(run, step, *rest, **settings)
+
+    module.evaluate = last
+    accuracy = module.main(args)["eval/accuracy"]
+    ends[-1] = None  # after the evaluation
+    return {"ends": ends, "updates": updates, "rollouts": rollouts, "tokens": tokens, "memory": memory[-1], "accuracy": accuracy}
+
+
+def trls(name, model):
+    """Run TRL's trainer and return what happened when."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import datasets
+    import torch
+    import transformers
+    import trl
+
+    sys.path.insert(0, str(REPO))
+    spin = os.environ.get("GOMP_SPINCOUNT")
+    import common  # for rows, the reward and the evaluation; torch's threads are as TRL's users have them
+
+    assert spin == os.environ.pop("GOMP_SPINCOUNT", None) or spin is None
+    size = sizes(name, model)
+    rows, held_out = common.load_data("arithmetic", "", 500, ("prompt",))
+    columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}.get(name, ("prompt", "answer"))
+    data = datasets.Dataset.from_list([{column: row[column] for column in columns} for row in rows])
+    path = common.bundled(model)
+    B = size["prompts"] * size["samples"]
+    common_settings = {
+        "output_dir": tempfile.mkdtemp(),
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 10**9,
+        "max_steps": size["steps"],
+        "learning_rate": size["rate"],
+        "per_device_train_batch_size": B,
+    }
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    ends, rollouts, tokens = [], [0.0], []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *args, **settings):
+            ends.append(time.time())
+            rollouts.append(0.0)
+
+    def reward(prompts, completions, completion_ids=None, answer=None, **more):
+        tokens.append(sum(map(len, completion_ids)) / len(completion_ids))
+        return common.exact_answer(prompts, completions, answer=answer)
+
+    def timed(function):
+        def call(*args, **settings):
+            start = time.perf_counter()
+            result = function(*args, **settings)
+            rollouts[-1] += time.perf_counter() - start
+            return result
+
+        return call
+
+    start_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if name == "sft":
+        args = trl.SFTConfig(**common_settings, max_length=512)
+        trainer = trl.SFTTrainer(start_model, args=args, train_dataset=data, processing_class=tokenizer)
+    elif name == "dpo":
+        args = trl.DPOConfig(**common_settings, beta=0.1, max_length=512, precompute_ref_log_probs=False)
+        trainer = trl.DPOTrainer(start_model, args=args, train_dataset=data, processing_class=tokenizer)
+    elif name == "ppo":
+        from trl.experimental import ppo
+
+        # its reward is a model's: the sum of what the head gives, on the CPU the same work as one forward pass
+        heads = [
+            transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+            for _ in range(2)
+        ]
+        del common_settings["max_steps"], common_settings["bf16"]
+        args = ppo.PPOConfig(
+            **common_settings, num_ppo_epochs=4, num_mini_batches=1, total_episodes=B * size["steps"],
+            response_length=size["tokens"], temperature=1.0, stop_token="eos", num_sample_generations=0, bf16=False,
+            local_rollout_forward_batch_size=B, kl_coef=0.05,
+        )  # fmt: skip
+        ids = data.map(lambda row: {"input_ids": tokenizer(row["prompt"]).input_ids}, remove_columns=data.column_names)
+        reference = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer.padding_side = "left"
+        trainer = ppo.PPOTrainer(
+            args=args, processing_class=tokenizer, model=start_model, ref_model=reference, reward_model=heads[0],
+            value_model=heads[1], train_dataset=ids,
+        )  # fmt: skip
+        module = sys.modules["trl.experimental.ppo.ppo_trainer"]
+        module.batch_generation = timed(module.batch_generation)
+    else:
+        trainer_class, config_class = (
+            (trl.RLOOTrainer, trl.RLOOConfig) if name == "reinforce" else (trl.GRPOTrainer, trl.GRPOConfig)
+        )
+        args = config_class(
+            **common_settings, num_generations=size["samples"], max_completion_length=size["tokens"],
+            steps_per_generation=1, beta=0.04 if name == "grpo-kl" else 0.0, temperature=1.0, top_k=0, top_p=1.0,
+        )  # fmt: skip
+        trainer = trainer_class(start_model, reward, args, data, processing_class=tokenizer)
+        trainer._generate = timed(trainer._generate)
+    trainer.add_callback(Clock())
+    trainer.train()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    import sft
+
+    trained = getattr(trainer.model, "policy", trainer.model).eval()
+    trained.generation_config.eos_token_id = [tokenizer.eos_token_id]
+    score = common.load_reward(("exact_answer",), ())
+    silent = type("Silent", (), {"log_samples": lambda *a: None})()
+    small = held_out if model == "models/arithmetic" else held_out[:1]
+    settings = {"max_new_tokens": size["tokens"], "batch_size": 64}
+    accuracy = sft.evaluate(silent, 0, trained, tokenizer, small, score, **settings)
+    return {"ends": ends, "rollouts": rollouts[:-1], "tokens": tokens, "memory": memory, "accuracy": accuracy}
+
+
+def run(whose, name, model, ppo_trl):
+    """One process; its seconds a step, split where it samples, to the first step, its memory and accuracy."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if whose == "trl" and name == "ppo":
+        environment["PYTHONPATH"] = ppo_trl
+    command = [sys.executable, __file__, "--job", whose, "--only", name, "--model", model]
+    start = time.time()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{whose} {name}:\n{done.stderr[-3000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    ends = [end for end in result["ends"] if end]
+    skip = 5 if len(ends) > 10 else 1
+    seconds = statistics.median(b - a for a, b in zip(ends[skip - 1 :], ends[skip:]))
+    rollout = statistics.median(result["rollouts"][skip:])
+    size = sizes(name, model)
+    tokens = statistics.mean(result["tokens"][skip:]) * size["prompts"] * size["samples"] if result["tokens"] else None
+    return {
+        "seconds": seconds,
+        "rollout": rollout,
+        "update": statistics.median(result["updates"][skip:]) if "updates" in result else seconds - rollout,
+        "tokens_per_second": tokens and tokens / seconds,
+        "first_step": ends[0] - start,
+        "memory": result["memory"],
+        "accuracy": result["accuracy"],
+    }
+
+
+def table(results) -> str:
+    rows = ["| | ours, s/step | rollout + update | TRL, s/step | faster | memory, MB | first step, s | accuracy |"]
+    rows.append("|---|---|---|---|---|---|---|---|")
+    for name, rounds in results["runs"].items():
+
+        def both(key, form, rounds=rounds):
+            a, b = (statistics.median(pair[whose][key] for pair in rounds) for whose in ("ours", "trl"))
+            return f"{a:{form}} / {b:{form}}"
+
+        mine = {key: statistics.median(pair["ours"][key] for pair in rounds) for key in ("seconds", "rollout", "update")}
+        theirs = statistics.median(pair["trl"]["seconds"] for pair in rounds)
+        ratio = statistics.median(pair["trl"]["seconds"] / pair["ours"]["seconds"] for pair in rounds)
+        split = f"{mine['rollout']:.3f} + {mine['update']:.3f}" if mine["rollout"] else f"{mine['update']:.3f}"
+        rows.append(
+            f"| {name} against {PEERS[name]} | {mine['seconds']:.3f} | {split} | {theirs:.3f} | **{ratio:.1f}x** "
+            f"| {both('memory', '.0f')} | {both('first_step', '.1f')} | {both('accuracy', '.2f')} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/arithmetic")
+    parser.add_argument("--only", nargs="+", default=[], choices=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ppo-trl", default="", help="folder with trl 1.12.0")
+    parser.add_argument("--output", default="", help="JSON to write; benchmarks/peers.json for a full run")
+    parser.add_argument("--job", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        print(json.dumps({"ours": ours, "trl": trls}[args.job](args.only[0], args.model)))
+        return
+    names = args.only or [name for name in PEERS if name != "ppo" or args.ppo_trl]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {packages}"
+    results = {"machine": machine, "model": args.model, "runs": {name: [] for name in names}}
+    for number in range(args.rounds):
+        for name in names:
+            pair = {whose: run(whose, name, args.model, args.ppo_trl) for whose in ("ours", "trl")}
+            results["runs"][name].append(pair)
+            faster = pair["trl"]["seconds"] / pair["ours"]["seconds"]
+            print(f"round {number + 1}, {name}: {faster:.2f} times TRL's steps a second", file=sys.stderr, flush=True)
+    print(table(results))
+    if args.output or not args.only:
+        Path(args.output or RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
