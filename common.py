@@ -68,7 +68,26 @@ def load_model(path: str, device: torch.device, named_by: str = "--model"):
     model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=min(stop_ids))
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits[..., :vocab_size])
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    with torch.no_grad():
+        probe = torch.tensor([sorted(stop_ids)], device=device)
+        logits = logits_of(model, model.base_model(input_ids=probe).last_hidden_state)
+        if not torch.allclose(logits, model(input_ids=probe).logits, atol=1e-3, rtol=1e-3):
+            raise SystemExit(f"{named_by} {path}: its logits are not what common.logits_of makes of its hidden states")
+    return model, tokenizer
+
+
+def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [.., V] of the trunk's hidden states [.., H], as the model's own forward pass has them: load_model checks.
+
+    So logits can be made of some positions at a time, and of none that nobody asks for.
+    """
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    scale, scaling = getattr(config, "logit_scale", None) or 1.0, getattr(config, "logits_scaling", 1.0)
+    logits = logits * scale / scaling  # Cohere's, Granite's
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def arithmetic() -> list[Row]:

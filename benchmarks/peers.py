@@ -3,12 +3,15 @@
 python benchmarks/peers.py                                    the embedded model, all algorithms but PPO
 python benchmarks/peers.py --ppo-trl FOLDER                   with PPO, which TRL had until 1.12.0:
                                                               pip install --no-deps --target FOLDER trl==1.12.0
-python benchmarks/peers.py --model PATH --only grpo grpo-kl   another model: 2 prompts x 8 samples x 64 tokens
+python benchmarks/peers.py --model PATH --only grpo grpo-kl   another model: 2 prompts x 8 samples x 64 tokens,
+                                                              in micro-batches of 8
 
-The same model, data, prompts and samples a step, completion length, optimizer (AdamW, no weight decay), float32, threads;
-no gradient checkpointing. Each run is a process of its own. The seconds of a step are the median over the steps after the
-fifth of a run, then over the rounds; the ratios are of runs that stand next to each other. Memory is the process' highest
-resident size when its last step ends; the first step ends so many seconds after the process began, imports included.
+The same model, data, completions a step, completion length, optimizer (AdamW, no weight decay), float32, micro-batch size
+and threads; no gradient checkpointing; DPO's reference is computed at each step. PPO has 64 completions a step, ours of 8
+prompts, TRL's of 64, as it takes one of each; its reward is a random model's, so its accuracy says nothing. Each run is a
+process of its own. The seconds of a step are the median over the steps after the fifth of a run, then over the rounds;
+the ratios are of runs that stand next to each other. Memory is the process' highest resident size when its last step
+ends; the first step ends so many seconds after the process began, imports included.
 Run it on an idle machine, in an environment with benchmarks/requirements.txt.
 """
 
@@ -27,6 +30,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parent.parent
 RESULTS = REPO / "benchmarks" / "peers.json"
+MICRO_BATCH = 8  # of models other than the embedded one, of which a step is one micro-batch
 PEERS = {
     "sft": "SFT",
     "reinforce": "RLOO",
@@ -41,7 +45,7 @@ def sizes(name, model):
     """Prompts, samples of each, completion tokens, steps, learning rate."""
     if model != "models/arithmetic":
         return {"prompts": 2, "samples": 8, "tokens": 64, "steps": 5, "rate": 1e-6}
-    prompts, samples = {"sft": (32, 1), "dpo": (32, 1), "ppo": (64, 1)}.get(name, (8, 8))
+    prompts, samples = (32, 1) if name in ("sft", "dpo") else (8, 8)
     return {"prompts": prompts, "samples": samples, "tokens": 8, "steps": 50, "rate": 5e-5 if name == "dpo" else 1e-4}
 
 
@@ -72,10 +76,12 @@ def ours(name, model):
         args.beta = 0.0
     if name == "grpo-kl":
         args.beta = 0.04
+    if name == "dpo":
+        args.reference = "live"
     if name == "ppo":
         args.num_epochs, args.num_minibatches = 4, 1
     if model != "models/arithmetic":
-        args.micro_batch_size, args.eval_prompts = 16, 1
+        args.micro_batch_size, args.eval_prompts = MICRO_BATCH, 1
     memory = []
     evaluate = module.evaluate
 
@@ -88,7 +94,14 @@ def ours(name, model):
     module.evaluate = last
     accuracy = module.main(args)["eval/accuracy"]
     ends[-1] = None  # after the evaluation
-    return {"ends": ends, "updates": updates, "rollouts": rollouts, "tokens": tokens, "memory": memory[-1], "accuracy": accuracy}
+    return {
+        "ends": ends,
+        "updates": updates,
+        "rollouts": rollouts,
+        "tokens": tokens,
+        "memory": memory[-1],
+        "accuracy": accuracy,
+    }
 
 
 def trls(name, model):
@@ -109,7 +122,7 @@ def trls(name, model):
     columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}.get(name, ("prompt", "answer"))
     data = datasets.Dataset.from_list([{column: row[column] for column in columns} for row in rows])
     path = common.bundled(model)
-    B = size["prompts"] * size["samples"]
+    B = size["prompts"] * size["samples"]  # of PPO as many prompts
     common_settings = {
         "output_dir": tempfile.mkdtemp(),
         "report_to": [],
@@ -121,7 +134,8 @@ def trls(name, model):
         "logging_steps": 10**9,
         "max_steps": size["steps"],
         "learning_rate": size["rate"],
-        "per_device_train_batch_size": B,
+        "per_device_train_batch_size": B if model == "models/arithmetic" else MICRO_BATCH,
+        "gradient_accumulation_steps": 1 if model == "models/arithmetic" else B // MICRO_BATCH,
     }
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     ends, rollouts, tokens = [], [0.0], []
@@ -180,7 +194,7 @@ def trls(name, model):
         )
         args = config_class(
             **common_settings, num_generations=size["samples"], max_completion_length=size["tokens"],
-            steps_per_generation=1, beta=0.04 if name == "grpo-kl" else 0.0, temperature=1.0, top_k=0, top_p=1.0,
+            steps_per_generation=common_settings["gradient_accumulation_steps"], beta=0.04 if name == "grpo-kl" else 0.0, temperature=1.0, top_k=0, top_p=1.0,
         )  # fmt: skip
         trainer = trainer_class(start_model, reward, args, data, processing_class=tokenizer)
         trainer._generate = timed(trainer._generate)
@@ -236,7 +250,9 @@ def table(results) -> str:
             a, b = (statistics.median(pair[whose][key] for pair in rounds) for whose in ("ours", "trl"))
             return f"{a:{form}} / {b:{form}}"
 
-        mine = {key: statistics.median(pair["ours"][key] for pair in rounds) for key in ("seconds", "rollout", "update")}
+        mine = {
+            key: statistics.median(pair["ours"][key] for pair in rounds) for key in ("seconds", "rollout", "update")
+        }
         theirs = statistics.median(pair["trl"]["seconds"] for pair in rounds)
         ratio = statistics.median(pair["trl"]["seconds"] / pair["ours"]["seconds"] for pair in rounds)
         split = f"{mine['rollout']:.3f} + {mine['update']:.3f}" if mine["rollout"] else f"{mine['update']:.3f}"

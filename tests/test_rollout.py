@@ -154,3 +154,104 @@ def test_gradient_checkpointing_cannot_corrupt_a_rollout(model):
     model.train()
     with pytest.raises(AttributeError, match="NoneType"):
         grpo.rollout(model, prompt_ids, prompt_mask, **settings)
+
+
+GROUPS = [PROMPTS[0]] * 4 + [PROMPTS[1]] * 3 + [PROMPTS[2]] * 4  # as a micro-batch may cut them
+COMPLETIONS = [[20, 21, 22, 0], [23, 0], [24, 25, 26, 27], [28]] * 3
+
+
+def scored(model, groups, completions, temperature=0.7):
+    """Log-probs and gradient of their sum, weighted unevenly."""
+    prompt_ids, prompt_mask = padded(groups)
+    ids = torch.tensor([c + [99] * (6 - len(c)) for c in completions[: len(groups)]])  # padding in every row
+    mask = torch.tensor([[1.0] * len(c) + [0.0] * (6 - len(c)) for c in completions[: len(groups)]])
+    model.zero_grad()
+    logprobs = grpo.token_logprobs(model, prompt_ids, prompt_mask, ids, mask, temperature=temperature)
+    (logprobs * torch.arange(1.0, len(groups) + 1)[:, None]).sum().backward()
+    return logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_equal_prompts_are_computed_once_and_get_their_gradient(model):
+    """Against one row at a time, of which nothing is shared; and the tokens that the trunk is given are counted."""
+    given = []
+    hook = model.base_model.register_forward_hook(
+        lambda m, args, settings, out: given.append(settings["input_ids"].numel()), with_kwargs=True
+    )
+    together, gradient = scored(model, GROUPS, COMPLETIONS)
+    assert given == [3 * 6, 11 * 3]  # 3 prompts of up to 6 tokens, then 11 times all but the last completion token
+    given.clear()
+    scored(model, PROMPTS, COMPLETIONS)
+    assert given == [3 * (6 + 3)]  # nothing to share: one pass
+    hook.remove()
+    alone, total = [], 0.0
+    for row, (prompt, completion) in enumerate(zip(GROUPS, COMPLETIONS)):
+        logprobs, one = scored(model, [prompt], [completion])
+        alone.append(logprobs)
+        total = total + one * (row + 1)
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradient, total, atol=1e-4 * total.abs().max().item(), rtol=1e-3)
+
+
+def test_log_probs_are_made_in_chunks_of_the_vocabulary(model):
+    """With a vocabulary said to be of 2**22 no more than 4 tokens have logits at a time; the same numbers come out."""
+    whole, gradient = scored(model, GROUPS, COMPLETIONS)
+    sizes = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
+    model.config.vocab_size = 2**22
+    chunked, again = scored(model, GROUPS, COMPLETIONS)
+    hook.remove()
+    tokens = int((whole < 0).sum())
+    assert max(sizes) == 4 and sum(sizes) == 2 * tokens  # once forward, once more in the backward pass
+    torch.testing.assert_close(chunked, whole)
+    torch.testing.assert_close(again, gradient, atol=1e-6 * gradient.abs().max().item(), rtol=1e-4)
+
+
+def test_gradient_checkpointing_gets_the_same_gradient(model):
+    """In train mode the cache is gone, so nothing is shared: slower, and as right."""
+    expected, gradient = scored(model, GROUPS, COMPLETIONS)
+    for module in model.modules():  # dropout, which load_model turns off
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    got, again = scored(model, GROUPS, COMPLETIONS)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(again, gradient, atol=1e-4 * gradient.abs().max().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 5.0, "head_dim": 8, "sliding_window": 6}),
+        ("Cohere", {"logit_scale": 0.3}),
+        ("Granite", {"logits_scaling": 3.0}),
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+        ("Qwen3_5Text", {"layer_types": ["linear_attention", "full_attention"]}),
+        ("Mpt", {}),
+    ],
+)
+def test_architectures_of_other_kinds(architecture, settings):
+    """Logits that are capped or scaled after the head, states of convolutions, caches that are written in place."""
+    import transformers
+
+    config_class = getattr(transformers, f"{architecture}Config")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64} if architecture == "Mpt" else sizes
+    torch.manual_seed(0)
+    config = config_class(vocab_size=300, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    prompt_ids, prompt_mask = padded(GROUPS)
+    logprobs, gradient = scored(model, GROUPS, COMPLETIONS)
+    model.zero_grad()
+    ids = torch.tensor([c + [99] * (6 - len(c)) for c in COMPLETIONS[:11]])
+    mask = (logprobs < 0).float()
+    attended = torch.cat([prompt_mask, mask.long()], 1)
+    positions = (attended.cumsum(1) - 1).clamp(min=0)
+    both = torch.cat([prompt_ids, ids], 1)
+    logits = model(input_ids=both, attention_mask=attended, position_ids=positions, use_cache=False).logits
+    expected = (logits[:, 5:-1] / 0.7).log_softmax(-1).gather(-1, ids[..., None])[..., 0] * mask
+    (expected * torch.arange(1.0, 12)[:, None]).sum().backward()
+    plain = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(logprobs, expected.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradient, plain, atol=1e-4 * plain.abs().max().item(), rtol=1e-3)
