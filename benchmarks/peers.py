@@ -6,13 +6,16 @@ python benchmarks/peers.py --ppo-trl FOLDER                   with PPO, which TR
 python benchmarks/peers.py --model PATH --only grpo grpo-kl   another model: 2 prompts x 8 samples x 64 tokens,
                                                               in micro-batches of 8
 
-The same model, data, completions a step, completion length, optimizer (AdamW, no weight decay), float32, micro-batch size
-and threads; no gradient checkpointing; DPO's reference is computed at each step. PPO has 64 completions a step, ours of 8
-prompts, TRL's of 64, as it takes one of each; its reward is a random model's, so its accuracy says nothing. Each run is a
-process of its own. The seconds of a step are the median over the steps after the fifth of a run, then over the rounds;
-the ratios are of runs that stand next to each other. Memory is the process' highest resident size when its last step
-ends; the first step ends so many seconds after the process began, imports included.
-Run it on an idle machine, in an environment with benchmarks/requirements.txt.
+python benchmarks/peers.py --model PATH --device cuda ...     on a GPU, in bfloat16: 8 prompts x 8 samples x 64 tokens
+
+The same model, data, completions a step, completion length, optimizer (AdamW, no weight decay), float32, micro-batch
+size and threads; no gradient checkpointing; DPO's reference is computed at each step. PPO has 64 completions a step,
+ours of 8 prompts, TRL's of 64, as it takes one of each; its reward is a random model's, so it has no accuracy. Each run
+is a process of its own. The seconds of a step are the median over the steps after the fifth of a run, then over the
+rounds; the ratios are of runs that stand next to each other. Memory is the process' highest resident size when its last
+step ends; the first step ends so many seconds after the process began, imports included.
+
+Run it on an idle machine, in an environment with benchmarks/requirements.txt. A full run writes README's table.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parent.parent
 RESULTS = REPO / "benchmarks" / "peers.json"
+START, END = "<!-- benchmarks/peers.py writes from here -->\n", "<!-- to there -->\n"
 MICRO_BATCH = 8  # of models other than the embedded one, of which a step is one micro-batch
 PEERS = {
     "sft": "SFT",
@@ -41,21 +45,31 @@ PEERS = {
 }
 
 
-def sizes(name, model):
+def sizes(name, model, device):
     """Prompts, samples of each, completion tokens, steps, learning rate."""
     if model != "models/arithmetic":
-        return {"prompts": 2, "samples": 8, "tokens": 64, "steps": 5, "rate": 1e-6}
+        prompts, steps = (8, 20) if device == "cuda" else (2, 5)
+        return {"prompts": prompts, "samples": 8, "tokens": 64, "steps": steps, "rate": 1e-6}
     prompts, samples = (32, 1) if name in ("sft", "dpo") else (8, 8)
     return {"prompts": prompts, "samples": samples, "tokens": 8, "steps": 50, "rate": 5e-5 if name == "dpo" else 1e-4}
 
 
-def ours(name, model):
+def peak_memory(device):
+    """MB: of the process, or on a GPU of torch's tensors."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def ours(name, model, device):
     """Run our script and return what happened when."""
     sys.path.insert(0, str(REPO))
     import common
 
     module = __import__(name.partition("-")[0])
-    size = sizes(name, model)
+    size = sizes(name, model, device)
     ends, updates, rollouts, tokens = [], [], [], []
     log = common.Run.log
 
@@ -68,7 +82,9 @@ def ours(name, model):
         log(run, step, metrics)
 
     common.Run.log = spy
-    args = module.Args(model=model, num_steps=size["steps"], prompts_per_step=size["prompts"], eval_every=10**9)
+    args = module.Args(
+        device=device, model=model, num_steps=size["steps"], prompts_per_step=size["prompts"], eval_every=10**9
+    )
     args.output_dir, args.max_new_tokens, args.learning_rate = tempfile.mkdtemp(), size["tokens"], size["rate"]
     if name not in ("sft", "dpo"):
         args.samples_per_prompt = size["samples"]
@@ -86,7 +102,7 @@ def ours(name, model):
     evaluate = module.evaluate
 
     def last(run, step, *rest, **settings):  # before the first step a glance, after the last the whole
-        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        memory.append(peak_memory(device))
         rest = list(rest)
         rest[2] = rest[2] if step else rest[2][:1]
         return evaluate(run, step, *rest, **settings)
@@ -104,7 +120,7 @@ def ours(name, model):
     }
 
 
-def trls(name, model):
+def trls(name, model, device):
     """Run TRL's trainer and return what happened when."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import datasets
@@ -113,11 +129,9 @@ def trls(name, model):
     import trl
 
     sys.path.insert(0, str(REPO))
-    spin = os.environ.get("GOMP_SPINCOUNT")
-    import common  # for rows, the reward and the evaluation; torch's threads are as TRL's users have them
+    import common  # after torch, so that its threads are as TRL's users have them
 
-    assert spin == os.environ.pop("GOMP_SPINCOUNT", None) or spin is None
-    size = sizes(name, model)
+    size = sizes(name, model, device)
     rows, held_out = common.load_data("arithmetic", "", 500, ("prompt",))
     columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}.get(name, ("prompt", "answer"))
     data = datasets.Dataset.from_list([{column: row[column] for column in columns} for row in rows])
@@ -126,8 +140,8 @@ def trls(name, model):
     common_settings = {
         "output_dir": tempfile.mkdtemp(),
         "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": device == "cpu",
+        "bf16": device == "cuda",
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -175,17 +189,30 @@ def trls(name, model):
         ]
         del common_settings["max_steps"], common_settings["bf16"]
         args = ppo.PPOConfig(
-            **common_settings, num_ppo_epochs=4, num_mini_batches=1, total_episodes=B * size["steps"],
-            response_length=size["tokens"], temperature=1.0, stop_token="eos", num_sample_generations=0, bf16=False,
-            local_rollout_forward_batch_size=B, kl_coef=0.05,
-        )  # fmt: skip
+            **common_settings,
+            num_ppo_epochs=4,
+            num_mini_batches=1,
+            total_episodes=B * size["steps"],
+            response_length=size["tokens"],
+            temperature=1.0,
+            stop_token="eos",
+            num_sample_generations=0,
+            bf16=False,
+            local_rollout_forward_batch_size=B,
+            kl_coef=0.05,
+        )
         ids = data.map(lambda row: {"input_ids": tokenizer(row["prompt"]).input_ids}, remove_columns=data.column_names)
         reference = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokenizer.padding_side = "left"
         trainer = ppo.PPOTrainer(
-            args=args, processing_class=tokenizer, model=start_model, ref_model=reference, reward_model=heads[0],
-            value_model=heads[1], train_dataset=ids,
-        )  # fmt: skip
+            args=args,
+            processing_class=tokenizer,
+            model=start_model,
+            ref_model=reference,
+            reward_model=heads[0],
+            value_model=heads[1],
+            train_dataset=ids,
+        )
         module = sys.modules["trl.experimental.ppo.ppo_trainer"]
         module.batch_generation = timed(module.batch_generation)
     else:
@@ -193,14 +220,20 @@ def trls(name, model):
             (trl.RLOOTrainer, trl.RLOOConfig) if name == "reinforce" else (trl.GRPOTrainer, trl.GRPOConfig)
         )
         args = config_class(
-            **common_settings, num_generations=size["samples"], max_completion_length=size["tokens"],
-            steps_per_generation=common_settings["gradient_accumulation_steps"], beta=0.04 if name == "grpo-kl" else 0.0, temperature=1.0, top_k=0, top_p=1.0,
-        )  # fmt: skip
+            **common_settings,
+            num_generations=size["samples"],
+            max_completion_length=size["tokens"],
+            steps_per_generation=common_settings["gradient_accumulation_steps"],
+            beta=0.04 if name == "grpo-kl" else 0.0,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+        )
         trainer = trainer_class(start_model, reward, args, data, processing_class=tokenizer)
         trainer._generate = timed(trainer._generate)
     trainer.add_callback(Clock())
     trainer.train()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    memory = peak_memory(device)
     import sft
 
     trained = getattr(trainer.model, "policy", trainer.model).eval()
@@ -213,12 +246,12 @@ def trls(name, model):
     return {"ends": ends, "rollouts": rollouts[:-1], "tokens": tokens, "memory": memory, "accuracy": accuracy}
 
 
-def run(whose, name, model, ppo_trl):
+def run(whose, name, model, device, ppo_trl):
     """One process; its seconds a step, split where it samples, to the first step, its memory and accuracy."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if whose == "trl" and name == "ppo":
         environment["PYTHONPATH"] = ppo_trl
-    command = [sys.executable, __file__, "--job", whose, "--only", name, "--model", model]
+    command = [sys.executable, __file__, "--job", whose, "--only", name, "--model", model, "--device", device]
     start = time.time()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -228,7 +261,7 @@ def run(whose, name, model, ppo_trl):
     skip = 5 if len(ends) > 10 else 1
     seconds = statistics.median(b - a for a, b in zip(ends[skip - 1 :], ends[skip:]))
     rollout = statistics.median(result["rollouts"][skip:])
-    size = sizes(name, model)
+    size = sizes(name, model, device)
     tokens = statistics.mean(result["tokens"][skip:]) * size["prompts"] * size["samples"] if result["tokens"] else None
     return {
         "seconds": seconds,
@@ -256,16 +289,25 @@ def table(results) -> str:
         theirs = statistics.median(pair["trl"]["seconds"] for pair in rounds)
         ratio = statistics.median(pair["trl"]["seconds"] / pair["ours"]["seconds"] for pair in rounds)
         split = f"{mine['rollout']:.3f} + {mine['update']:.3f}" if mine["rollout"] else f"{mine['update']:.3f}"
+        accuracy = both("accuracy", ".2f") if name != "ppo" else ""
         rows.append(
             f"| {name} against {PEERS[name]} | {mine['seconds']:.3f} | {split} | {theirs:.3f} | **{ratio:.1f}x** "
-            f"| {both('memory', '.0f')} | {both('first_step', '.1f')} | {both('accuracy', '.2f')} |"
+            f"| {both('memory', '.0f')} | {both('first_step', '.1f')} | {accuracy} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def write_readme(results) -> None:
+    readme = REPO / "README.md"
+    before, _, rest = readme.read_text().partition(START)
+    note = f"\nMedians of {len(next(iter(results['runs'].values())))} rounds; ours / TRL's. {results['machine']}.\n"
+    readme.write_text(before + START + table(results) + note + END + rest.partition(END)[2])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/arithmetic")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", default=[], choices=list(PEERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ppo-trl", default="", help="folder with trl 1.12.0")
@@ -273,7 +315,7 @@ def main() -> None:
     parser.add_argument("--job", choices=("ours", "trl"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        print(json.dumps({"ours": ours, "trl": trls}[args.job](args.only[0], args.model)))
+        print(json.dumps({"ours": ours, "trl": trls}[args.job](args.only[0], args.model, args.device)))
         return
     names = args.only or [name for name in PEERS if name != "ppo" or args.ppo_trl]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
@@ -281,13 +323,15 @@ def main() -> None:
     results = {"machine": machine, "model": args.model, "runs": {name: [] for name in names}}
     for number in range(args.rounds):
         for name in names:
-            pair = {whose: run(whose, name, args.model, args.ppo_trl) for whose in ("ours", "trl")}
+            pair = {whose: run(whose, name, args.model, args.device, args.ppo_trl) for whose in ("ours", "trl")}
             results["runs"][name].append(pair)
             faster = pair["trl"]["seconds"] / pair["ours"]["seconds"]
             print(f"round {number + 1}, {name}: {faster:.2f} times TRL's steps a second", file=sys.stderr, flush=True)
     print(table(results))
     if args.output or not args.only:
         Path(args.output or RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    if not args.only:
+        write_readme(results)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))
 
 import defaults  # noqa: E402
+import peers  # noqa: E402
 
 
 def test_the_table_is_that_of_the_stored_runs():
@@ -45,3 +46,23 @@ def test_the_stored_runs_show_what_is_claimed():
     # confidence weighting and selection buy something: the runs without them all end lower
     for name, control in (("grape", "grape, unweighted"), ("rejection_sampling", "rejection_sampling, random")):
         assert max(run["accuracy"][-1] for run in runs[control]) < min(run["accuracy"][-1] for run in runs[name])
+
+
+def test_the_table_against_trl_is_that_of_the_stored_rounds():
+    results = json.loads(peers.RESULTS.read_text())
+    assert peers.START + peers.table(results) in (REPO / "README.md").read_text()
+    assert results["runs"].keys() == peers.PEERS.keys() and all(len(r) >= 3 for r in results["runs"].values())
+    assert "trl 1.16.0" in results["machine"]
+
+
+def test_a_row_against_trl_by_hand():
+    """Medians of each, and of the ratios of runs that stand next to each other."""
+    ours = {"seconds": 0.2, "rollout": 0.05, "update": 0.15, "memory": 400.4, "first_step": 3.0, "accuracy": 0.5}
+    rounds = [
+        {"ours": ours | {"seconds": own}, "trl": ours | {"seconds": theirs, "memory": 600}}
+        for own, theirs in ((0.1, 0.3), (0.2, 0.5), (0.3, 0.6))
+    ]
+    row = peers.table({"runs": {"grpo": rounds}}).splitlines()[2]
+    assert row == (
+        "| grpo against GRPO | 0.200 | 0.050 + 0.150 | 0.500 | **2.5x** | 400 / 600 | 3.0 / 3.0 | 0.50 / 0.50 |"
+    )

@@ -1,0 +1,151 @@
+"""What share of the machine rollout and update reach, and how time and memory grow with the sizes of a step.
+
+python benchmarks/roofline.py                        the embedded model and a random Llama of 30 M parameters
+python benchmarks/roofline.py --models PATH          another model
+python benchmarks/roofline.py --device cuda          on a GPU, in bfloat16
+
+The roof is what torch's own matmul reaches on 2048 x 2048 matrices, and a copy of 256 MB. An update is counted as 6, a
+forward pass as 2 floating-point operations for each parameter that multiplies and each token that is computed;
+decoding reads each parameter once for each step of the batch. Memory is the highest of the process beyond what stood
+before the update, which is the parameters and their gradients. Each row is a process of its own.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO))
+
+import common  # noqa: E402
+import grpo  # noqa: E402
+
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+
+def seconds(function, device, repeats=3):
+    """The fastest of some calls, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def roof(device, autocast):
+    """Floating-point operations and bytes a second."""
+    a, b = torch.randn(2, 2048, 2048, device=device)
+    source = torch.empty(2**26, device=device)
+    target = torch.empty_like(source)
+    with autocast, torch.no_grad():
+        flops = 2 * 2048**3 / seconds(lambda: torch.nn.functional.linear(a, b), device, 10)
+    return flops, 2 * 4 * 2**26 / seconds(lambda: target.copy_(source), device, 10)
+
+
+def build(name, device, vocab_size):
+    if name != "random":
+        return common.load_model(name, device)[0]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=vocab_size, eos_token_id=0, tie_word_embeddings=True, **sizes)
+    model = LlamaForCausalLM(config).to(device).eval()
+    model.generation_config.eos_token_id = [0]
+    return model
+
+
+def memory_now(device):
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated() / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def memory_peak(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(name, device_name, prompts, samples, prompt_tokens, tokens, vocab_size):
+    """Seconds, shares of the roof and memory of one rollout and one forward and backward pass of the same sizes."""
+    device, autocast = grpo.pick_device(device_name, "auto")
+    flops, bandwidth = roof(device, autocast)
+    model = build(name, device, vocab_size)
+    V, B = model.config.get_text_config().vocab_size, prompts * samples
+    multiplying = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n)
+    head = V * model.config.get_text_config().hidden_size
+    prompt_ids = torch.randint(1, min(V, 200), (prompts, prompt_tokens), device=device)
+    completion_ids = torch.randint(1, min(V, 200), (B, tokens), device=device)
+    mask = torch.ones(B, tokens, device=device)
+    sampling = {"samples_per_prompt": samples, "max_new_tokens": tokens, "temperature": 1.0}
+    model.generation_config.eos_token_id = [V + 1]  # nothing ends early
+    with autocast:
+        rollout = seconds(lambda: grpo.rollout(model, prompt_ids, torch.ones_like(prompt_ids), **sampling), device, 1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = memory_now(device)
+    rows = prompt_ids.repeat_interleave(samples, 0)
+
+    def update():
+        with autocast:
+            logprobs = grpo.token_logprobs(model, rows, torch.ones_like(rows), completion_ids, mask)
+        logprobs.sum().backward()
+
+    update = seconds(update, device, 2)
+    computed = prompts * prompt_tokens + B * (tokens - 1)
+    return {
+        "rollout": rollout,
+        "rollout_flops": (2 * (multiplying * computed + head * B * tokens)) / rollout / flops,
+        "rollout_bytes": 4 * (multiplying + head) * tokens / rollout / bandwidth,
+        "update": update,
+        "update_flops": 6 * (multiplying * computed + head * B * tokens) / update / flops,
+        "memory": memory_peak(device) - before,
+        "roof": [flops, bandwidth],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["models/arithmetic", "random"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(**json.loads(args.measure))))
+        return
+    base = {"device_name": args.device, "prompts": 8, "samples": 8, "prompt_tokens": 32, "tokens": 32}
+    base["vocab_size"] = 10_000
+    steps = [{}, {"prompts": 1}, {"prompts": 32}, {"samples": 1}, {"samples": 32, "prompts": 2}]
+    steps += [{"prompt_tokens": 128}, {"tokens": 8}, {"tokens": 128}]
+    rows = ["| model | prompts x samples | prompt + completion | V | rollout, s | of FLOP/s | of bandwidth "]
+    rows[0] += "| update, s | of FLOP/s | memory, MB |"
+    rows.append("|---|---|---|---|---|---|---|---|---|---|")
+    for name in args.models:
+        for step in steps + ([{"vocab_size": 150_000}] if name == "random" else []):
+            sizes = {**base, **step, "name": name}
+            command = [sys.executable, __file__, "--measure", json.dumps(sizes)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr[-2000:])
+            got = json.loads(done.stdout.splitlines()[-1])
+            if len(rows) == 2:
+                print(f"roof: {got['roof'][0] / 1e9:.0f} GFLOP/s, {got['roof'][1] / 1e9:.0f} GB/s\n")
+            vocabulary = f"{sizes['vocab_size']:,}" if name == "random" else ""
+            rows.append(
+                f"| {name} | {sizes['prompts']} x {sizes['samples']} | {sizes['prompt_tokens']} + {sizes['tokens']} "
+                f"| {vocabulary} | {got['rollout']:.3f} | {got['rollout_flops']:.0%} | {got['rollout_bytes']:.0%} "
+                f"| {got['update']:.3f} | {got['update_flops']:.0%} | {got['memory']:.0f} |"
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
