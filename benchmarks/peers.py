@@ -134,8 +134,13 @@ def trls(name, model, device):
     size = sizes(name, model, device)
     rows, held_out = common.load_data("arithmetic", "", 500, ("prompt",))
     columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}.get(name, ("prompt", "answer"))
-    data = datasets.Dataset.from_list([{column: row[column] for column in columns} for row in rows])
     path = common.bundled(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template:  # of which ours makes a user's turn of the prompt
+        rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+        for column in ("completion", "chosen", "rejected"):
+            rows = [row | {column: [{"role": "assistant", "content": row[column]}]} for row in rows]
+    data = datasets.Dataset.from_list([{column: row[column] for column in columns} for row in rows])
     B = size["prompts"] * size["samples"]  # of PPO as many prompts
     common_settings = {
         "output_dir": tempfile.mkdtemp(),
@@ -151,7 +156,6 @@ def trls(name, model, device):
         "per_device_train_batch_size": B if model == "models/arithmetic" else MICRO_BATCH,
         "gradient_accumulation_steps": 1 if model == "models/arithmetic" else B // MICRO_BATCH,
     }
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     ends, rollouts, tokens = [], [0.0], []
 
     class Clock(transformers.TrainerCallback):
