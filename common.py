@@ -73,7 +73,9 @@ def load_model(path: str, device: torch.device, named_by: str = "--model"):
         probe = torch.tensor([sorted(stop_ids)], device=device)
         logits = logits_of(model, model.base_model(input_ids=probe).last_hidden_state)
         if not torch.allclose(logits, model(input_ids=probe).logits, atol=1e-3, rtol=1e-3):
-            raise SystemExit(f"{named_by} {path}: its logits are not what common.logits_of makes of its hidden states")
+            raise SystemExit(
+                f"{named_by} {path}: it scales its logits in a way that common.logits_of lacks; add it there"
+            )
     return model, tokenizer
 
 

@@ -229,9 +229,9 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     kept = completion_mask > 0  # [B, T]
     hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]: the state at t predicts token t + 1
 
-    def score(hidden, targets):
-        log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # noisy in bfloat16:
-        return log_softmax.gather(-1, targets[:, None])[:, 0]  # huggingface/transformers#31267
+    def score(hidden, targets):  # [n]; in float32, as bfloat16 is noisy: huggingface/transformers#31267
+        log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
+        return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2**24 // model.config.get_text_config().vocab_size)
     chunks = list(zip(hidden.split(size), targets.split(size)))
@@ -373,7 +373,7 @@ def main(args: Args) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         stats = {"loss/dpo": 0.0, "grad_norm": 0.0}
         logps = torch.zeros_like(ref_logps)  # [N, 2]
-        longest = lengths.view(-1, 2).amax(1)  # micro-batches of one length hold little padding
+        longest = lengths.view(-1, 2).amax(1)  # micro-batches then hold little padding
         minibatch = torch.arange(B, device=device).view(-1, 2)[longest.argsort(stable=True)].view(-1)
         normalizer = len(pairs)
         for micro in minibatch.split(args.micro_batch_size):

@@ -260,9 +260,9 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     kept = completion_mask > 0  # [B, T]
     hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]: the state at t predicts token t + 1
 
-    def score(hidden, targets):
-        log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # noisy in bfloat16:
-        return log_softmax.gather(-1, targets[:, None])[:, 0]  # huggingface/transformers#31267
+    def score(hidden, targets):  # [n]; in float32, as bfloat16 is noisy: huggingface/transformers#31267
+        log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
+        return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2**24 // model.config.get_text_config().vocab_size)
     chunks = list(zip(hidden.split(size), targets.split(size)))
@@ -486,8 +486,8 @@ def main(args: Args) -> dict[str, float]:
         chunks = list(zip(*(x.split(args.micro_batch_size) for x in batch)))
 
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
-        groups = torch.arange(B).view(-1, G)  # which stay together in a shuffle, as their prompt is computed once
-        passes = [groups[torch.randperm(B // G)].view(-1).to(device) for _ in range(args.num_epochs)]
+        rows_by_prompt = torch.arange(B).view(-1, G)  # [N, G]; they stay together, so a prompt is computed once
+        passes = [rows_by_prompt[torch.randperm(B // G)].view(-1).to(device) for _ in range(args.num_epochs)]
         minibatches = [minibatch for order in passes for minibatch in order.chunk(args.num_minibatches)]
         old_logprobs = ref_logprobs = sampled_logprobs  # [B, T]; replaced below where they are needed
         with torch.no_grad(), autocast:
@@ -509,10 +509,8 @@ def main(args: Args) -> dict[str, float]:
         for minibatch in minibatches:
             tokens = completion_mask[minibatch].sum().clamp(min=1)
             normalizer = loss_normalizer(completion_mask[minibatch], args.loss_type, args.max_new_tokens)
-            minibatch = minibatch[
-                lengths[minibatch].argsort(stable=True)
-            ]  # micro-batches of one length hold little padding
-            for micro in minibatch.split(args.micro_batch_size):
+            by_length = minibatch[lengths[minibatch].argsort(stable=True)]  # micro-batches then hold little padding
+            for micro in by_length.split(args.micro_batch_size):
                 mask = completion_mask[micro]
                 with autocast:
                     logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]

@@ -205,9 +205,9 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     kept = completion_mask > 0  # [B, T]
     hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]: the state at t predicts token t + 1
 
-    def score(hidden, targets):
-        log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # noisy in bfloat16:
-        return log_softmax.gather(-1, targets[:, None])[:, 0]  # huggingface/transformers#31267
+    def score(hidden, targets):  # [n]; in float32, as bfloat16 is noisy: huggingface/transformers#31267
+        log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
+        return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2**24 // model.config.get_text_config().vocab_size)
     chunks = list(zip(hidden.split(size), targets.split(size)))
@@ -288,7 +288,7 @@ def main(args: Args) -> dict[str, float]:
         decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         stats = {"loss/sft": 0.0, "grad_norm": 0.0}
-        minibatch = lengths.argsort(stable=True)  # micro-batches of one length hold little padding
+        minibatch = lengths.argsort(stable=True)  # micro-batches then hold little padding
         normalizer = completion_mask[minibatch].sum()
         for micro in minibatch.split(args.micro_batch_size):
             mask = completion_mask[micro]

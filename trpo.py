@@ -226,9 +226,9 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     kept = completion_mask > 0  # [B, T]
     hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]: the state at t predicts token t + 1
 
-    def score(hidden, targets):
-        log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # noisy in bfloat16:
-        return log_softmax.gather(-1, targets[:, None])[:, 0]  # huggingface/transformers#31267
+    def score(hidden, targets):  # [n]; in float32, as bfloat16 is noisy: huggingface/transformers#31267
+        log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
+        return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2**24 // model.config.get_text_config().vocab_size)
     chunks = list(zip(hidden.split(size), targets.split(size)))
@@ -431,10 +431,8 @@ def main(args: Args) -> dict[str, float]:
         stats = {"loss/policy": 0.0, "grad_norm": 0.0}
         minibatch = torch.arange(B, device=device)
         normalizer = completion_mask[minibatch].sum().clamp(min=1)
-        minibatch = minibatch[
-            lengths[minibatch].argsort(stable=True)
-        ]  # micro-batches of one length hold little padding
-        for micro in minibatch.split(args.micro_batch_size):
+        by_length = minibatch[lengths[minibatch].argsort(stable=True)]  # micro-batches then hold little padding
+        for micro in by_length.split(args.micro_batch_size):
             mask = completion_mask[micro]
             with autocast:
                 logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]

@@ -162,6 +162,13 @@ def test_a_template_that_writes_bos_gets_no_second_one(tokenizer):
     assert tokenizer.decode(common.completion_tokens(tokenizer, "hi", "yes", [0])) == f"yes{bos}"
 
 
+def test_a_model_whose_logits_are_made_otherwise_is_refused(monkeypatch):
+    logits_of = common.logits_of
+    monkeypatch.setattr(common, "logits_of", lambda model, hidden: 2 * logits_of(model, hidden))
+    with pytest.raises(SystemExit, match=r"--model models/arithmetic: .* common\.logits_of"):
+        common.load_model("models/arithmetic", CPU)
+
+
 def test_a_completion_is_tokenised_apart_from_its_prompt():
     """Where prompt and completion together would merge into a token that no rollout could have sampled."""
     import tokenizers
