@@ -3,7 +3,9 @@
 A mistake that a user can make ends in SystemExit with one line: what is wrong, where, and how to mend it.
 """
 
+import errno
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -11,16 +13,21 @@ import os
 import random
 import re
 import runpy
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 # Threads spin while they wait for each other, which starves them once a core has other work: benchmarks/openmp.py
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+import numpy
 import torch
 import transformers
 from tqdm import tqdm
@@ -29,6 +36,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 transformers.utils.logging.disable_progress_bar()
 
 Row = dict  # one line of data: "prompt" and any further columns
+bars = []  # of runs that are under way
+
+
+def fail(message: str) -> NoReturn:
+    """End in one line, beneath the progress bar and not in the middle of it."""
+    for bar in bars:
+        bar.close()
+    raise SystemExit(message)
 
 
 def bundled(path: str) -> str:
@@ -56,9 +71,9 @@ def load_model(path: str, device: torch.device, named_by: str = "--model"):
                     setattr(part, name, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(path)
         # without dtype the checkpoint's own would be loaded, often bfloat16 (huggingface/transformers#42805)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True)
+    except Exception as error:  # a missing folder, another kind of model, a truncated file, ...
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise SystemExit(f"{named_by} {path}: not the folder or hub id of a causal language model ({reason})") from None
     eos = model.generation_config.eos_token_id
     stop_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
@@ -70,12 +85,16 @@ def load_model(path: str, device: torch.device, named_by: str = "--model"):
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits[..., :vocab_size])
     model = model.to(device).eval()
     with torch.no_grad():
-        probe = torch.tensor([sorted(stop_ids)], device=device)
-        logits = logits_of(model, model.base_model(input_ids=probe).last_hidden_state)
-        if not torch.allclose(logits, model(input_ids=probe).logits, atol=1e-3, rtol=1e-3):
+        probe = torch.tensor([[min(stop_ids), 0]], device=device)
+        output, same = model(input_ids=probe, use_cache=True), partial(torch.allclose, atol=1e-3, rtol=1e-3)
+        if not same(output.logits[:, :1], model(input_ids=probe[:, :1]).logits):
             raise SystemExit(
-                f"{named_by} {path}: it scales its logits in a way that common.logits_of lacks; add it there"
+                f"{named_by} {path}: no causal language model; what it says of a token depends on later ones"
             )
+        if not hasattr(getattr(output, "past_key_values", None), "reorder_cache"):
+            raise SystemExit(f"{named_by} {path}: has no KV cache, which sampling needs")
+        if not same(output.logits, logits_of(model, model.base_model(input_ids=probe).last_hidden_state)):
+            raise SystemExit(f"{named_by} {path}: it scales its logits as common.logits_of does not; add it there")
     return model, tokenizer
 
 
@@ -141,9 +160,18 @@ def read_rows(source: str, columns: tuple[str, ...]) -> list[Row]:
         raise SystemExit(f"--data {source}: has no rows")
     for number, row in enumerate(rows, 1):
         for column in columns:
-            if not isinstance(row, dict) or not row.get(column) or not isinstance(row[column], str | list):
-                raise SystemExit(f'{source}, row {number}: "{column}" is missing or empty, or no text and no messages')
+            if not isinstance(row, dict) or not is_text(row.get(column)):
+                needed = "a text or messages with role and content"
+                raise SystemExit(f'{source}, row {number}: "{column}" is missing or empty, or not {needed}')
     return rows
+
+
+def is_text(value) -> bool:
+    """Whether this is a text or a list of chat messages, and not empty."""
+    if isinstance(value, list):
+        texts = [turn.get("role") and turn.get("content") if isinstance(turn, dict) else None for turn in value]
+        return bool(texts) and all(text and isinstance(text, str) for text in texts)
+    return isinstance(value, str) and value != ""
 
 
 def load_data(source: str, eval_source: str, eval_prompts: int, columns: tuple[str, ...]) -> tuple[list, list]:
@@ -175,7 +203,10 @@ def render(tokenizer, prompt: str | list[dict], answer: str | None = None) -> st
         return prompt + (answer or "")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+    except Exception as error:  # whatever a template may raise
+        raise SystemExit(f"prompt {str(prompt)[:80]!r}: the chat template refuses it ({error!r})") from None
 
 
 def prompt_tokens(tokenizer, prompt: str | list[dict]) -> list[int]:
@@ -195,6 +226,21 @@ def completion_tokens(tokenizer, prompt: str | list[dict], completion: str | lis
     ids = tokenizer(whole[len(start) :], add_special_tokens=False).input_ids
     stops = [index for index, token in enumerate(ids) if token in stop_ids]
     return ids[: stops[-1] + 1] if stops else [*ids, tokenizer.eos_token_id]
+
+
+def context_length(model) -> float:
+    """Tokens that the model can read, which is no number of it where positions are relative to each other only."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def check_prompts(model, tokenizer, rows: list[Row], max_new_tokens: int) -> None:
+    """Refuse, before any work is done, prompts that the model cannot read, or that leave no room for a completion."""
+    room = context_length(model) - max_new_tokens
+    for row in rows:
+        length = len(prompt_tokens(tokenizer, row["prompt"]))
+        if not 0 < length <= room:
+            needed = f"{length} tokens, but the model's context has room for 1 to {room} and --max-new-tokens"
+            raise SystemExit(f"prompt {str(row['prompt'])[:80]!r}: {needed}; leave such rows out")
 
 
 def find_number(text: str) -> str | None:
@@ -219,7 +265,7 @@ def exact_answer(prompts: list, completions: list, **columns: list) -> list[floa
     """
     truths = next((columns[name] for name in ("answer", "completion", "chosen") if name in columns), None)
     if truths is None:
-        raise SystemExit('--reward exact_answer: the data has no column "answer"; add it or choose another reward')
+        fail('--reward exact_answer: the data has no column "answer"; add it or choose another reward')
     scores = []
     for text, truth in zip(map(text_of, completions), truths):
         truth = text_of(truth) if isinstance(truth, list) else truth and str(truth)
@@ -250,10 +296,19 @@ def load_function(name: str, folder: str | Path = "", named_by: str = "--reward"
         return REWARDS[name]
     if not Path(folder, file).is_file():
         raise SystemExit(f"{named_by} {name}: neither one of {', '.join(REWARDS)} nor an existing file.py:function")
-    loaded = runpy.run_path(str(Path(folder, file))).get(function)
+    try:
+        loaded = runpy.run_path(str(Path(folder, file))).get(function)
+    except Exception as error:
+        raise SystemExit(f"{named_by} {name}: {file} does not import: {describe(error)}") from error
     if loaded is None:
         raise SystemExit(f"{named_by} {name}: {file} has no function {function}")
     return loaded
+
+
+def describe(error: Exception) -> str:
+    """The error and where it arose, in one line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{error!r} in {last.filename}, line {last.lineno}"
 
 
 def call_reward(name: str, function: Callable, rows: list[Row], texts: list[str]) -> list:
@@ -263,20 +318,26 @@ def call_reward(name: str, function: Callable, rows: list[Row], texts: list[str]
     turns = [[{"role": "assistant", "content": text}] for text in texts]
     completions = [text if isinstance(prompt, str) else turn for prompt, text, turn in zip(prompts, texts, turns)]
     columns = dict.fromkeys(column for row in rows for column in row if column != "prompt")
-    values = function(prompts, completions, **{column: [row.get(column) for row in rows] for column in columns})
+    try:
+        values = list(function(prompts, completions, **{name: [row.get(name) for row in rows] for name in columns}))
+    except Exception as error:
+        fail(f"reward {name}: raised {describe(error)}")
     if len(values) != len(rows):
-        raise SystemExit(f"reward {name}: returned {len(values)} values for {len(rows)} completions")
+        fail(f"reward {name}: returned {len(values)} values for {len(rows)} completions")
     return values
 
 
-def call_verifier(name: str, function: Callable, rows: list[Row], texts: list[str]) -> torch.Tensor:
-    """Scores and confidences [2, B] by a reward function that returns pairs of them, or scores of confidence 1."""
-    values = call_reward(name, function, rows, texts)
-    pairs = [value if isinstance(value, tuple | list) else (value, 1.0) for value in values]
-    for pair in pairs:
-        if len(pair) != 2 or (pair[0] is not None and not 0 <= pair[1] <= 1):
-            raise SystemExit(f"verifier {name}: returned {pair}, not a score or (score, confidence from 0 to 1)")
-    return torch.tensor([[float("nan") if value is None else float(value) for value in pair] for pair in pairs]).T
+def to_floats(name: str, values: list, texts: list[str]) -> torch.Tensor:
+    """What a reward function returned as numbers [B], NaN for None."""
+    for value, text in zip(values, texts):
+        try:
+            finite = value is None or math.isfinite(value)
+        except (TypeError, OverflowError):
+            finite = False
+        if not finite:
+            expected = "expected a finite number, or None where there is no score"
+            fail(f"reward {name}: returned {value!r} for the completion {text[:80]!r}; {expected}")
+    return torch.tensor([math.nan if value is None else float(value) for value in values])
 
 
 def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
@@ -298,7 +359,7 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
         total, scored, components = torch.zeros(len(rows)), torch.zeros(len(rows)), {}
         for weight, (name, function) in zip(weights or [1.0] * len(names), functions.items()):
             values = call_reward(name, function, rows, texts)
-            components[name] = torch.tensor([float("nan") if value is None else float(value) for value in values])
+            components[name] = to_floats(name, values, texts)
             total += weight * components[name].nan_to_num()
             scored += ~components[name].isnan()
         return total.where(scored > 0, float("nan")), components
@@ -306,53 +367,165 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
     return score
 
 
-def load_rubrics(paths: tuple[str, ...]) -> dict[str, list[dict]]:
-    """{category: items} of rubric files, grape.py's; the function stands in place of the name of an item's verifier."""
-    if not paths:
-        raise SystemExit("--rubric: name at least one file")
-    rubrics = {}
-    for path in map(bundled, paths):
-        try:
-            rubric = json.loads(Path(path).read_text(encoding="utf-8"))
-            category, items = rubric["category"], rubric["items"]
-            for item in items:
-                weight, kind = item["weight"], [key for key in ("verifier", "question") if key in item]
-                if len(kind) != 1 or not weight > 0 or not isinstance(item["name"], str):
-                    raise ValueError(f'{item} needs a "name", a "weight" above 0, a "verifier" or a "question"')
-            if not items or category in rubrics or len({item["name"] for item in items}) < len(items):
-                raise ValueError("no items, a second rubric of this category, or a second item of one name")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"--rubric {path}: {error!r}; see the example in grape.py's docstring") from None
-        for item in items:
-            if "verifier" in item:
-                item["verifier"] = load_function(item["verifier"], Path(path).parent, f"--rubric {path}, verifier")
-        rubrics[category] = items
-    return rubrics
+BOUNDS = [  # of flags, wherever a script has one of that name
+    (
+        "more than 0",
+        lambda value: value > 0,
+        "prompts_per_step samples_per_prompt micro_batch_size max_new_tokens max_length temperature learning_rate "
+        "value_learning_rate max_grad_norm eval_every eval_prompts num_epochs num_minibatches max_kl fisher_samples "
+        "cg_iterations",
+    ),
+    (
+        "0 or more",
+        lambda value: value >= 0,
+        "num_steps warmup_steps save_every beta clip_range value_clip_range clip_low clip_high target_kl "
+        "overlong_buffer damping cg_tolerance max_backtracks simpo_gamma",
+    ),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma gae_lambda"),
+]
 
 
-POSITIVE = ("prompts_per_step", "samples_per_prompt", "micro_batch_size", "max_new_tokens", "temperature", "eval_every")
-POSITIVE += ("eval_prompts", "num_epochs", "num_minibatches", "fisher_samples", "max_kl")
+def check_args(args):
+    """The flags, refused where no script can work with them; with --resume they become those of that run."""
+    if args.resume:
+        file, own = Path(args.resume, "args.json"), {field.name: getattr(args, field.name) for field in fields(args)}
+        stored = json.loads(file.read_text()) if file.is_file() else {}
+        if stored.keys() != own.keys():
+            raise SystemExit(f"--resume {args.resume}: not the folder of a run of this script")
+        stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        stored |= {"resume": args.resume, "output_dir": args.resume}
+        given = [name for name in own if own[name] not in (stored[name], getattr(type(args), name))]
+        if given:
+            flags = " ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise SystemExit(f"--resume {args.resume}: goes on with that run's own settings; leave out {flags}")
+        args = type(args)(**stored)
+    for bound, holds, names in BOUNDS:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not holds(value):
+                raise SystemExit(f"--{name.replace('_', '-')}: {value}, but it must be {bound}")
+    if args.track != "none" and not importlib.util.find_spec(args.track):
+        raise SystemExit(f"--track {args.track}: needs `pip install {args.track}`")
+    B, parts = args.prompts_per_step * getattr(args, "samples_per_prompt", 1), getattr(args, "num_minibatches", 1)
+    if B % parts:
+        raise SystemExit(f"--num-minibatches: {B} completions do not divide into {parts} equal parts")
+    return args
+
+
+def explain(kind: type, error: BaseException, trace) -> None:
+    """An exception hook: one line where a traceback would tell less, as the fault is not in the code."""
+    for bar in bars:
+        bar.close()
+    told = f"{error!r} {error.__context__!r}"  # torch.save and safetensors have errors of their own
+    if kind is torch.OutOfMemoryError:
+        tell = "lower --micro-batch-size for the update, --prompts-per-step and --max-new-tokens for the rollout"
+        print(f"out of GPU memory: {tell} ({str(error).splitlines()[0]})", file=sys.stderr)
+    elif any(os.strerror(number) in told for number in (errno.ENOSPC, errno.EDQUOT)):
+        print(f"no space left on the disk ({told[-200:]}); free some and go on with --resume", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def open_tracker(track: str, folder: Path, steps_done: int) -> Callable[[int, dict], None]:
+    """A function that sends a step's metrics to tensorboard or wandb, and files to the run's own folder."""
+    if track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1, flush_secs=10)
+        return lambda step, metrics: [writer.add_scalar(*metric, step) for metric in metrics.items()]
+    if track == "wandb":
+        import wandb
+
+        settings = folder / "args.json"
+        name = f"{folder.name}-{settings.stat().st_mtime_ns}"  # the same after a resume, and no other run's
+        run = wandb.init(dir=folder, name=folder.name, id=name, resume="allow", config=json.loads(settings.read_text()))
+        return lambda step, metrics: run.log(metrics, step=step)
+    return lambda step, metrics: None
 
 
 class Run:
-    """The output folder of a run (args.json, metrics.jsonl, samples.jsonl, model/), its seed and its progress bar."""
+    """The output folder of a run (args.json, metrics.jsonl, samples.jsonl, checkpoint/, model/), its seed, its bar."""
 
     def __init__(self, args) -> None:
-        for name in POSITIVE:
-            if getattr(args, name, 1) <= 0:
-                raise SystemExit(f"--{name.replace('_', '-')}: {getattr(args, name)}, but it must be more than 0")
         self.name = Path(sys.modules[type(args).__module__].__file__).stem
         self.dir = Path(args.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if (self.dir / "metrics.jsonl").exists() and (self.dir / "metrics.jsonl").stat().st_size:
-            raise SystemExit(f"--output-dir {self.dir}: already holds a run; give another folder or remove it")
+        self.args, self.stopping, self.checkpoint = args, False, self.dir / "checkpoint" / "state.pt"
+        self.paths, model = {name: self.dir / f"{name}.jsonl" for name in ("metrics", "samples")}, self.dir / "model"
+        if args.resume and model.exists():
+            raise SystemExit(f"--resume {self.dir}: has finished; its model is in {model}")
+        if args.resume and not self.checkpoint.exists():
+            raise SystemExit(f"--resume {self.dir}: was stopped before it first saved; remove it and start anew")
+        held = [
+            path for path in (model, self.checkpoint, self.paths["metrics"]) if path.exists() and path.stat().st_size
+        ]
+        if held and not args.resume:
+            raise SystemExit(f"--output-dir {self.dir}: already holds a run; give another one, or --resume {self.dir}")
+        self.start_time, self.last, self.accuracies = time.perf_counter(), {}, []
+        sys.excepthook = explain
+        transformers.set_seed(args.seed)
+
+    def start(self, parts: dict) -> int:
+        """Make the folder; or, with --resume, load its checkpoint into the parts: anything with load_state_dict.
+
+        Returns the steps that are done, 0 for a new run. From here on Ctrl-C, or a scheduler's SIGTERM, ends the step
+        that is under way and saves.
+        """
+        args, done = self.args, 0
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        files = {name: self.dir / f"{name}.jsonl" for name in ("metrics", "samples")}
-        self.files = {name: file.open("w", encoding="utf-8") for name, file in files.items()}
-        torch.manual_seed(args.seed)
-        self.start = time.perf_counter()
-        self.last, self.accuracies = {}, []
-        self.bar = tqdm(total=args.num_steps, desc=self.name, dynamic_ncols=True)
+        if not args.resume:
+            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        mode = "r+" if args.resume else "w"
+        self.files = {name: path.open(mode, encoding="utf-8") for name, path in self.paths.items()}
+        if args.resume:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            for name, file in self.files.items():  # what the killed process wrote after it saved will be written again
+                file.seek(state["sizes"][name])
+                file.truncate()
+            done, self.last, self.accuracies = state["step"], state["last"], state["accuracies"]
+            self.start_time -= state["seconds"]
+            set_random_states(state["random"])
+        self.track = open_tracker(args.track, self.dir, done)
+        self.bar = tqdm(total=args.num_steps, initial=done, desc=self.name, dynamic_ncols=True)
+        bars.append(self.bar)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+        return done
+
+    def stop(self, number: int, frame) -> None:
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)
+        self.bar.write("stopping after this step; once more to stop at once, back to the last checkpoint")
+
+    def save(self, step: int, parts: dict) -> None:
+        """Every --save-every steps, and after a Ctrl-C, write all that an exact resume needs.
+
+        A new file takes the place of the old one when it is whole and on the disk, so there is always a good one.
+        """
+        every = self.args.save_every
+        if not self.stopping and (every == 0 or step % every):
+            return
+        state = {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()}}
+        state |= {"random": random_states(), "sizes": {name: file.tell() for name, file in self.files.items()}}
+        state |= {"last": self.last, "accuracies": self.accuracies, "seconds": time.perf_counter() - self.start_time}
+        self.checkpoint.parent.mkdir(exist_ok=True)
+        new = self.checkpoint.with_suffix(".new")
+        with new.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.checkpoint)
+        if self.stopping:
+            fail(f"stopped after step {step}; go on with: python {sys.argv[0]} --resume {self.dir}")
+
+    def check_finite(self, step: int, stats: dict, batch: tuple) -> None:
+        """Stop before an optimizer step that would ruin the weights, and keep the batch for a look."""
+        if bad := [name for name, value in stats.items() if not math.isfinite(value)]:
+            file = self.dir / "batch.pt"
+            torch.save(batch, file)
+            held = f"prompt_ids, prompt_mask, completion_ids, completion_mask are in {file}, for torch.load"
+            fail(f"step {step}: {' and '.join(bad)} not finite; {held}; try a lower --learning-rate")
 
     def write(self, file: str, record: dict) -> None:
         unwritable = (math.inf, -math.inf)  # and NaN, which JSON has not either
@@ -363,7 +536,12 @@ class Run:
     def log(self, step: int, metrics: dict) -> None:
         """Append a line to metrics.jsonl and show the main figures in the bar."""
         metrics = {name: float(value) for name, value in metrics.items()}
-        self.write("metrics", {"step": step, "time/total": time.perf_counter() - self.start, **metrics})
+        self.write("metrics", {"step": step, "time/total": time.perf_counter() - self.start_time, **metrics})
+        self.track(step, metrics)
+        if math.isnan(metrics.get("eval/accuracy", 0.0)):
+            fail("--reward: the first one scored no held-out completion: it returned None for each of them")
+        if math.isnan(metrics.get("reward/mean", 0.0)):
+            self.bar.write(f"step {step}: no reward could score any completion, so nothing was learned of them")
         self.last |= metrics
         self.accuracies += [metrics["eval/accuracy"]] if "eval/accuracy" in metrics else []
         shown = ("reward/mean", "loss/sft", "eval/accuracy", "kl/ref", "tokens_per_second")
@@ -371,19 +549,48 @@ class Run:
         self.bar.update(step - self.bar.n)
 
     def log_samples(self, step: int, phase: str, prompts: list[str], completions: list[str], components: dict) -> None:
-        """Append as many completions as there are prompts to samples.jsonl, each with every reward component."""
+        """Append as many completions as there are prompts to samples.jsonl, each with every reward component.
+
+        The first three of an evaluation are also shown on the terminal, green where the first reward is above 0.
+        """
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         for index, (prompt, completion) in enumerate(zip(prompts, completions)):
             scores = {name: values[index].item() for name, values in components.items()}
             self.write("samples", {"step": step, "phase": phase, "prompt": prompt, "completion": completion, **scores})
+            if phase == "eval" and index < 3:
+                asked, answered = (" ".join(text.split()) for text in (prompt, completion))
+                told = " ".join(f"{name} {value:.3g}" for name, value in scores.items())
+                told = f"\033[{32 if next(iter(scores.values())) > 0 else 31}m{told}\033[0m" if colour else told
+                self.bar.write(f"step {step:<5} {asked[-60:]} | {answered[-100:]} | {told}")
 
     def finish(self, model, tokenizer) -> dict[str, float]:
         """Save the model, print the closing line, return the last value of each metric."""
         self.bar.close()
-        model.save_pretrained(self.dir / "model")
-        tokenizer.save_pretrained(self.dir / "model")
+        whole, part = self.dir / "model", self.dir / "model.part"
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        os.replace(part, whole)
         for file in self.files.values():
             file.close()
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            signal.signal(number, handler)
         accuracy = " -> ".join(f"{self.accuracies[i]:.3f}" for i in (0, -1)) if self.accuracies else "not measured"
-        seconds = time.perf_counter() - self.start
-        print(f"{self.name}: held-out accuracy {accuracy} in {seconds:.0f} s, model in {self.dir / 'model'}")
+        seconds = time.perf_counter() - self.start_time
+        print(f"{self.name}: held-out accuracy {accuracy} in {seconds:.0f} s, model in {whole}")
         return self.last
+
+
+def random_states() -> dict:
+    """Of every generator that a script or a reward function may draw from, in types that a safe torch.load takes."""
+    name, keys, *rest = numpy.random.get_state()
+    device = torch.get_device_module() if torch.accelerator.is_available() else torch
+    states = {"torch": torch.get_rng_state(), "device": device.get_rng_state()}
+    return states | {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+
+
+def set_random_states(states: dict) -> None:
+    device = torch.get_device_module() if torch.accelerator.is_available() else torch
+    device.set_rng_state(states["device"])
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    numpy.random.set_state(states["numpy"])

@@ -72,8 +72,14 @@ class Args:
     """steps between evaluations"""
     eval_prompts: int = 500
     """held-out prompts in an evaluation, at most"""
+    save_every: int = 50
+    """steps between checkpoints; 0 saves at Ctrl-C only"""
     output_dir: str = ""
     """folder of the run; runs/<script>-<time> without it"""
+    resume: str = ""
+    """folder of a run to go on with, as if it had never stopped"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
     max_length: int = 512
     """tokens of prompt and completion; a longer completion is cut off"""
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "sppo", "simpo"] = "sigmoid"
@@ -311,6 +317,7 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
 
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
+    args = common.check_args(args)
     if args.micro_batch_size % 2:
         raise SystemExit("--micro-batch-size: a pair is two sequences that stay together, so give an even number")
     args.beta = PAPER_BETA.get(args.loss_type, 0.1) if args.beta is None else args.beta
@@ -320,26 +327,28 @@ def main(args: Args) -> dict[str, float]:
         dpo_loss(*torch.zeros(4, 1), **loss_settings)
     except ValueError as error:
         raise SystemExit(f"--label-smoothing {error}") from None
+    columns = ("prompt", "chosen", "rejected")
+    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
+    score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
     device, autocast = pick_device(args.device, args.dtype)
     model, tokenizer = common.load_model(args.model, device)
+    common.check_prompts(model, tokenizer, eval_rows, args.max_new_tokens)
     ref_model = common.load_model(args.model, device)[0] if args.reference == "live" else model
     ref_model = None if args.loss_type == "simpo" else ref_model
     stop_ids = model.generation_config.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    columns = ("prompt", "chosen", "rejected")
-    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
-    score = common.load_reward(args.reward, args.reward_weights)
+    max_length = min(args.max_length, common.context_length(model))
     examples = []
     for row in train_rows:
         prompt = common.prompt_tokens(tokenizer, row["prompt"])
         both = [common.completion_tokens(tokenizer, row["prompt"], row[name], stop_ids) for name in columns[1:]]
-        chosen, rejected = (completion[: max(0, args.max_length - len(prompt))] for completion in both)
+        chosen, rejected = (completion[: max(0, max_length - len(prompt))] for completion in both)
         pair = (prompt, chosen), (prompt, rejected)
         examples += [(len(examples), pair)] if chosen and rejected and chosen != rejected else []
     if len(examples) < len(train_rows):
         dropped = f"{len(train_rows) - len(examples)} of {len(train_rows)} pairs"
-        print(f"dropped {dropped} that are empty or equal in the first {args.max_length} tokens, prompt included")
+        print(f"dropped {dropped} that are empty or equal in the first {max_length} tokens, prompt included")
     if not examples:
         raise SystemExit(f"--max-length {args.max_length}: every pair is empty or equal within it")
     B = 2 * args.prompts_per_step
@@ -353,10 +362,13 @@ def main(args: Args) -> dict[str, float]:
             batch = collate([example for pair in pairs for example in pair], device)
             kept_logps[list(index)] = reference_logprobs(ref_model, batch, **reference_settings)
 
-    with autocast:
-        accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
-    run.log(0, {"eval/accuracy": accuracy})
-    for step in range(1, args.num_steps + 1):
+    parts = {"model": model, "optimizer": optimizer}  # what a checkpoint holds
+    steps_done = run.start(parts)
+    if steps_done == 0:
+        with autocast:
+            accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
+        run.log(0, {"eval/accuracy": accuracy})
+    for step in range(steps_done + 1, args.num_steps + 1):
         # 1. pairs: B sequences of P prompt and T completion tokens, each chosen one before its rejected one
         start = time.perf_counter()
         index, pairs = zip(*take_batch(examples, step=step, size=args.prompts_per_step, seed=args.seed))
@@ -388,6 +400,7 @@ def main(args: Args) -> dict[str, float]:
             loss.backward()
             stats["loss/dpo"] += loss.detach()
         stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        run.check_finite(step, stats, batch)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -409,6 +422,7 @@ def main(args: Args) -> dict[str, float]:
             with autocast:
                 metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
         run.log(step, metrics)
+        run.save(step, parts)
     return run.finish(model, tokenizer)
 
 

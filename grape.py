@@ -31,9 +31,12 @@ A rubric file; where there are several, the rows name theirs in a column "catego
                                          {"name": "clear", "weight": 1, "question": "Is the answer clearly stated?"}]}
 """
 
+import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import common  # before torch: it calms OpenMP
@@ -83,8 +86,14 @@ class Args:
     """steps between evaluations"""
     eval_prompts: int = 500
     """held-out prompts in an evaluation, at most"""
+    save_every: int = 50
+    """steps between checkpoints; 0 saves at Ctrl-C only"""
     output_dir: str = ""
     """folder of the run; runs/<script>-<time> without it"""
+    resume: str = ""
+    """folder of a run to go on with, as if it had never stopped"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
     num_epochs: int = 1
     """passes over the completions of a step"""
     num_minibatches: int = 1
@@ -273,6 +282,43 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
 
+def load_rubrics(paths: tuple[str, ...]) -> dict[str, list[dict]]:
+    """{category: items} of rubric files; the function stands in place of the name of an item's verifier."""
+    if not paths:
+        raise SystemExit("--rubric: name at least one file")
+    rubrics = {}
+    for path in map(common.bundled, paths):
+        try:
+            rubric = json.loads(Path(path).read_text(encoding="utf-8"))
+            category, items = rubric["category"], rubric["items"]
+            for item in items:
+                weight, kind = item["weight"], [key for key in ("verifier", "question") if key in item]
+                if len(kind) != 1 or not weight > 0 or not isinstance(item["name"], str):
+                    raise ValueError(f'{item} needs a "name", a "weight" above 0, a "verifier" or a "question"')
+            if not items or category in rubrics or len({item["name"] for item in items}) < len(items):
+                raise ValueError("no items, a second rubric of this category, or a second item of one name")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"--rubric {path}: {error!r}; see the example in grape.py's docstring") from None
+        for item in items:
+            if "verifier" in item:
+                item["verifier"] = common.load_function(
+                    item["verifier"], Path(path).parent, f"--rubric {path}, verifier"
+                )
+        rubrics[category] = items
+    return rubrics
+
+
+def call_verifier(name: str, function: Callable, rows: list[dict], texts: list[str]) -> torch.Tensor:
+    """Scores and confidences [2, B] by a reward function that returns pairs of them, or scores of confidence 1."""
+    values = common.call_reward(name, function, rows, texts)
+    pairs = [value if isinstance(value, tuple | list) else (value, 1.0) for value in values]
+    for pair in pairs:
+        if len(pair) != 2 or (pair[0] is not None and not 0 <= pair[1] <= 1):
+            common.fail(f"verifier {name}: returned {pair}, not a score or (score, confidence from 0 to 1)")
+    scores, confidences = zip(*pairs)
+    return torch.stack([common.to_floats(name, scores, texts), common.to_floats(name, confidences, texts)])
+
+
 @torch.no_grad()
 def ask_critic(critic, tokenizer, question, rows, completions, *, batch_size):
     """Scores and confidences [2, B] of a yes-no question on each completion, by the critic's next-token probabilities.
@@ -307,7 +353,7 @@ def score_items(items, rows, texts, ask):
         if "question" in item:
             columns.append(ask(item["question"], rows, texts))
         else:
-            columns.append(common.call_verifier(item["name"], item["verifier"], rows, texts))
+            columns.append(call_verifier(item["name"], item["verifier"], rows, texts))
     return torch.stack(columns, 2)
 
 
@@ -427,24 +473,26 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
 
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
+    args = common.check_args(args)
     if args.samples_per_prompt < 2:
         raise SystemExit("--samples-per-prompt: a completion is compared with others of its prompt, so give 2 or more")
     for name, setting in PAPER_SETTINGS[args.loss_type].items():
         if getattr(args, name) is None:
             setattr(args, name, setting)
-    rubrics = common.load_rubrics(args.rubric)
+    rubrics = load_rubrics(args.rubric)
     asks = any("question" in item for items in rubrics.values() for item in items)
     if args.critic_model and not asks:
         raise SystemExit(f"--critic-model: no item of {', '.join(args.rubric)} has a question")
-    run = common.Run(args)
-    device, autocast = pick_device(args.device, args.dtype)
-    model, tokenizer = common.load_model(args.model, device)
-    ref_model = common.load_model(args.model, device)[0] if args.beta else None
-    stop_ids = model.generation_config.eos_token_id
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     columns = ("prompt",)
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
     score = common.load_reward(args.reward, args.reward_weights)
+    run = common.Run(args)
+    device, autocast = pick_device(args.device, args.dtype)
+    model, tokenizer = common.load_model(args.model, device)
+    common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
+    ref_model = common.load_model(args.model, device)[0] if args.beta else None
+    stop_ids = model.generation_config.eos_token_id
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     critic, critic_tokenizer = ref_model, tokenizer
     if asks and (args.critic_model or ref_model is None):
         critic, critic_tokenizer = common.load_model(args.critic_model or args.model, device, "--critic-model")
@@ -459,10 +507,13 @@ def main(args: Args) -> dict[str, float]:
     loss_settings = {"loss_type": args.loss_type, "clip_low": args.clip_low, "clip_high": args.clip_high}
     loss_settings |= {"beta": args.beta, "kl_estimator": args.kl_estimator}
 
-    with autocast:
-        accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
-    run.log(0, {"eval/accuracy": accuracy})
-    for step in range(1, args.num_steps + 1):
+    parts = {"model": model, "optimizer": optimizer}  # what a checkpoint holds
+    steps_done = run.start(parts)
+    if steps_done == 0:
+        with autocast:
+            accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
+        run.log(0, {"eval/accuracy": accuracy})
+    for step in range(steps_done + 1, args.num_steps + 1):
         # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
         start = time.perf_counter()
         rows = take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed)
@@ -524,6 +575,7 @@ def main(args: Args) -> dict[str, float]:
                 stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
                 stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens
             stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            run.check_finite(step, stats, batch)
             optimizer.step()
             optimizer.zero_grad()
         stats = {name: total / len(minibatches) for name, total in stats.items()}
@@ -551,6 +603,7 @@ def main(args: Args) -> dict[str, float]:
             with autocast:
                 metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
         run.log(step, metrics)
+        run.save(step, parts)
     return run.finish(model, tokenizer)
 
 

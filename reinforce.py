@@ -70,8 +70,14 @@ class Args:
     """steps between evaluations"""
     eval_prompts: int = 500
     """held-out prompts in an evaluation, at most"""
+    save_every: int = 50
+    """steps between checkpoints; 0 saves at Ctrl-C only"""
     output_dir: str = ""
     """folder of the run; runs/<script>-<time> without it"""
+    resume: str = ""
+    """folder of a run to go on with, as if it had never stopped"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
     baseline: Literal["none", "mean", "leave_one_out"] = "leave_one_out"
     """what a completion's reward is compared with"""
     beta: float = 0.0
@@ -270,25 +276,30 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
 
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
+    args = common.check_args(args)
     if args.samples_per_prompt < 2 and args.baseline != "none":
         raise SystemExit("--samples-per-prompt: a completion is compared with others of its prompt, so give 2 or more")
-    run = common.Run(args)
-    device, autocast = pick_device(args.device, args.dtype)
-    model, tokenizer = common.load_model(args.model, device)
-    ref_model = common.load_model(args.model, device)[0] if args.beta else None
-    stop_ids = model.generation_config.eos_token_id
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     columns = ("prompt",)
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
     score = common.load_reward(args.reward, args.reward_weights)
+    run = common.Run(args)
+    device, autocast = pick_device(args.device, args.dtype)
+    model, tokenizer = common.load_model(args.model, device)
+    common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
+    ref_model = common.load_model(args.model, device)[0] if args.beta else None
+    stop_ids = model.generation_config.eos_token_id
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     G, B = args.samples_per_prompt, args.prompts_per_step * args.samples_per_prompt
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
 
-    with autocast:
-        accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
-    run.log(0, {"eval/accuracy": accuracy})
-    for step in range(1, args.num_steps + 1):
+    parts = {"model": model, "optimizer": optimizer}  # what a checkpoint holds
+    steps_done = run.start(parts)
+    if steps_done == 0:
+        with autocast:
+            accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
+        run.log(0, {"eval/accuracy": accuracy})
+    for step in range(steps_done + 1, args.num_steps + 1):
         # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
         start = time.perf_counter()
         rows = take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed)
@@ -335,6 +346,7 @@ def main(args: Args) -> dict[str, float]:
             loss.backward()
             stats["loss/policy"] += loss.detach()
         stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        run.check_finite(step, stats, batch)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -360,6 +372,7 @@ def main(args: Args) -> dict[str, float]:
             with autocast:
                 metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
         run.log(step, metrics)
+        run.save(step, parts)
     return run.finish(model, tokenizer)
 
 

@@ -61,8 +61,14 @@ class Args:
     """steps between evaluations"""
     eval_prompts: int = 500
     """held-out prompts in an evaluation, at most"""
+    save_every: int = 50
+    """steps between checkpoints; 0 saves at Ctrl-C only"""
     output_dir: str = ""
     """folder of the run; runs/<script>-<time> without it"""
+    resume: str = ""
+    """folder of a run to go on with, as if it had never stopped"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
     max_length: int = 512
     """tokens of prompt and completion; a longer row is dropped: cut off, it would teach to break off"""
 
@@ -252,31 +258,37 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
 
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
-    run = common.Run(args)
-    device, autocast = pick_device(args.device, args.dtype)
-    model, tokenizer = common.load_model(args.model, device)
-    stop_ids = model.generation_config.eos_token_id
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    args = common.check_args(args)
     columns = ("prompt", "completion")
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
     score = common.load_reward(args.reward, args.reward_weights)
+    run = common.Run(args)
+    device, autocast = pick_device(args.device, args.dtype)
+    model, tokenizer = common.load_model(args.model, device)
+    common.check_prompts(model, tokenizer, eval_rows, args.max_new_tokens)
+    stop_ids = model.generation_config.eos_token_id
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    max_length = min(args.max_length, common.context_length(model))
     examples = []
     for row in train_rows:
         prompt = common.prompt_tokens(tokenizer, row["prompt"])
         completion = common.completion_tokens(tokenizer, row["prompt"], row["completion"], stop_ids)
-        examples += [(prompt, completion)] if len(prompt + completion) <= args.max_length else []
+        examples += [(prompt, completion)] if len(prompt + completion) <= max_length else []
     if len(examples) < len(train_rows):
         dropped = f"{len(train_rows) - len(examples)} of {len(train_rows)} rows"
-        print(f"dropped {dropped} that are longer than {args.max_length} tokens, prompt included")
+        print(f"dropped {dropped} that are longer than {max_length} tokens, prompt included")
     if not examples:
         raise SystemExit(f"--max-length {args.max_length}: every row is longer")
     B = args.prompts_per_step
     greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
 
-    with autocast:
-        accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
-    run.log(0, {"eval/accuracy": accuracy})
-    for step in range(1, args.num_steps + 1):
+    parts = {"model": model, "optimizer": optimizer}  # what a checkpoint holds
+    steps_done = run.start(parts)
+    if steps_done == 0:
+        with autocast:
+            accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
+        run.log(0, {"eval/accuracy": accuracy})
+    for step in range(steps_done + 1, args.num_steps + 1):
         # 1. demonstrations: B rows of P prompt and T completion tokens
         start = time.perf_counter()
         rows = take_batch(examples, step=step, size=args.prompts_per_step, seed=args.seed)
@@ -298,6 +310,7 @@ def main(args: Args) -> dict[str, float]:
             loss.backward()
             stats["loss/sft"] += loss.detach()
         stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        run.check_finite(step, stats, batch)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -312,6 +325,7 @@ def main(args: Args) -> dict[str, float]:
             with autocast:
                 metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
         run.log(step, metrics)
+        run.save(step, parts)
     return run.finish(model, tokenizer)
 
 

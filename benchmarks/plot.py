@@ -1,7 +1,9 @@
-"""Draw one or several runs into one picture: accuracy, reward, KL, entropy, length and speed, over steps.
+"""Draw one or several runs into one picture: accuracy, reward, loss, KL, entropy, length and more, over steps.
 
-pip install -r benchmarks/requirements.txt
-python benchmarks/plot.py runs/ppo-... runs/grpo-... --output docs/run.png
+python -m pip install matplotlib
+python benchmarks/plot.py runs/ppo-... runs/grpo-... --output runs.png
+
+A thin line is what metrics.jsonl has, the thick one its mean over a tenth of the run.
 """
 
 import json
@@ -14,44 +16,73 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-PANELS = {
+PANELS = {  # the first six that the runs have are drawn
     "eval/accuracy": "held-out accuracy, greedy",
     "reward/mean": "mean reward of the samples",
+    "loss/sft": "loss, per target token",
+    "loss/dpo": "loss, per pair",
+    "reward/margin": "implicit reward, chosen - rejected",
+    "logps/chosen": "log-probability of chosen completions",
+    "logps/rejected": "log-probability of rejected ones",
     "kl/ref": "KL to the starting model, per token",
     "policy/entropy": "entropy, per token",
     "completion/length": "completion length, tokens",
+    "group/zero_std": "prompts whose samples all score the same",
+    "grad_norm": "gradient norm",
     "tokens_per_second": "completion tokens per second",
 }
+COLOURS = ("#0b6e99", "#d1495b", "#66a182", "#8d6a9f", "#e09f3e", "#555555")
 
 
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """output folders of runs"""
+    labels: tuple[str, ...] = ()
+    """a name for each; its folder's without it"""
     output: Path = Path("runs.png")
     """the picture"""
 
 
+def smooth(values: list[float], width: int) -> list[float]:
+    """Means over as many values before and after each as there are, up to half the width."""
+    half = width // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
 def main(args: Args) -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), sharex=True, constrained_layout=True)
     for run in args.runs:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for axis, (name, title) in zip(axes.flat, PANELS.items()):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                marker = "o" if name == "eval/accuracy" else None
-                axis.plot(*zip(*points), label=run.name, marker=marker, markersize=4, linewidth=1.6)
-            axis.set_title(title, fontsize=10, loc="left")
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat:
-        axis.set_ylim(bottom=0)
-    for axis in axes[1]:
+        if not (run / "metrics.jsonl").is_file():
+            raise SystemExit(f"{run}: not the folder of a run")
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in args.runs]
+    panels = [name for name in PANELS if any(row.get(name) is not None for run in rows for row in run)][:6]
+    plt.rcParams |= {"font.family": "sans-serif", "font.size": 9, "axes.edgecolor": "#999999", "text.color": "#222222"}
+    plt.rcParams |= {"xtick.color": "#666666", "ytick.color": "#666666", "axes.labelcolor": "#666666"}
+    figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.4), constrained_layout=True)
+    for axis, name in zip(axes.flat, panels):
+        for run, label, colour in zip(rows, args.labels or [run.name for run in args.runs], COLOURS * len(rows)):
+            points = [(row["step"], row[name]) for row in run if row.get(name) is not None]
+            if not points:
+                continue
+            steps, values = zip(*points)
+            if name == "eval/accuracy":
+                axis.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
+            else:
+                axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+                axis.plot(steps, smooth(values, len(values) // 10), color=colour, linewidth=1.8, label=label)
+        axis.set_title(PANELS[name], loc="left", fontsize=10)
+        if axis.dataLim.ymin >= 0:
+            axis.set_ylim(0, 1 if name == "eval/accuracy" else None)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(length=0)
         axis.set_xlabel("step")
-    axes[0, 0].set_ylim(0, 1)
-    if len(args.runs) > 1:
-        axes[0, 0].legend(fontsize=8, frameon=False, loc="lower right")
-    figure.savefig(args.output, dpi=130)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
+    figure.savefig(args.output, dpi=110)
     print(args.output)
 
 

@@ -140,7 +140,7 @@ def test_verifiers_get_columns_and_may_return_pairs_or_none(tmp_path):
         {"name": "colour", "weight": 2, "verifier": "mine.py:colour"},
         {"name": "asked", "weight": 1, "question": "q?"},
     ]
-    rubrics = common.load_rubrics((write_rubric(tmp_path, "r", items),))
+    rubrics = grape.load_rubrics((write_rubric(tmp_path, "r", items),))
     rows = [{"prompt": "p", "colour": colour} for colour in ("red", "blue", "green")]
 
     def ask(question, rows, texts):
@@ -161,7 +161,7 @@ def test_each_category_has_its_rubric(tmp_path):
         write_rubric(tmp_path, "a", [{"name": "one", "weight": 1, "verifier": "v.py:one"}], "a"),
         write_rubric(tmp_path, "b", [{"name": "length", "weight": 1, "verifier": "v.py:length"}], "b"),
     )
-    rubrics = common.load_rubrics(paths)
+    rubrics = grape.load_rubrics(paths)
     rows = [{"prompt": "p", "category": c} for c in "bbaabb"]
     texts = ["x" * n for n in range(6)]
     got, components, confidences = grape.score_rubrics(
@@ -226,9 +226,9 @@ def test_questions_go_to_the_starting_model_or_to_the_critic(tmp_path, tokenizer
 def test_a_bad_rubric_is_one_line(tmp_path, text, message):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(SystemExit, match=message):
-        common.load_rubrics((str(tmp_path / "r.json"),))
+        grape.load_rubrics((str(tmp_path / "r.json"),))
     with pytest.raises(SystemExit, match=r"missing\.json"):
-        common.load_rubrics((str(tmp_path / "missing.json"),))
+        grape.load_rubrics((str(tmp_path / "missing.json"),))
 
 
 def test_a_critic_that_nobody_asks_and_names_that_come_twice_are_refused(tmp_path):
@@ -236,10 +236,10 @@ def test_a_critic_that_nobody_asks_and_names_that_come_twice_are_refused(tmp_pat
         grape.main(grape.Args(critic_model="models/arithmetic", output_dir=str(tmp_path / "run")))
     item = {"name": "x", "weight": 1, "verifier": "format"}
     with pytest.raises(SystemExit, match="second"):
-        common.load_rubrics((write_rubric(tmp_path, "twice", [item, item]),))
+        grape.load_rubrics((write_rubric(tmp_path, "twice", [item, item]),))
     path = write_rubric(tmp_path, "once", [item])
     with pytest.raises(SystemExit, match="second"):
-        common.load_rubrics((path, path))
+        grape.load_rubrics((path, path))
 
 
 @pytest.mark.parametrize("value", ["(0.5, 1.5)", "(0.5, -0.1)", "(0.5, 0.5, 0.5)", "()"])
@@ -247,8 +247,8 @@ def test_a_verifier_that_returns_nonsense_is_one_line(tmp_path, value):
     (tmp_path / "v.py").write_text(f"def v(prompts, completions, **columns):\n    return [{value}]\n")
     function = common.load_function("v.py:v", tmp_path)
     with pytest.raises(SystemExit, match="verifier v: returned"):
-        common.call_verifier("v", function, [{"prompt": "p"}], [""])
+        grape.call_verifier("v", function, [{"prompt": "p"}], [""])
     with pytest.raises(SystemExit, match="--rubric: name at least one"):
-        common.load_rubrics(())
+        grape.load_rubrics(())
     with pytest.raises(SystemExit, match="--reward: name at least one"):
         common.load_reward((), ())

@@ -137,8 +137,9 @@ def test_ppo_scores_stop_tokens_and_bootstraps_what_was_cut_off(tmp_path, monkey
 
 
 @pytest.mark.parametrize("script", SAMPLING)
-def test_a_step_that_nothing_could_score_leaves_the_weights_finite(script, tmp_path):
-    (tmp_path / "down.py").write_text("def judge(prompts, completions, **columns):\n    return [None] * len(prompts)\n")
+def test_a_step_that_nothing_could_score_leaves_the_weights_finite(script, tmp_path, capsys):
+    judge = "return [0.0 if len(prompts) == 2 else None for _ in prompts]"  # 2 in an evaluation, more in a step
+    (tmp_path / "down.py").write_text(f"def judge(prompts, completions, **columns):\n    {judge}\n")
     args = SCRIPTS[script].Args(num_steps=2, prompts_per_step=2, eval_prompts=2, reward=(f"{tmp_path}/down.py:judge",))
     args.output_dir = str(tmp_path / "run")
     if script == "grape":
@@ -149,6 +150,7 @@ def test_a_step_that_nothing_could_score_leaves_the_weights_finite(script, tmp_p
     model, _ = common.load_model(str(tmp_path / "run" / "model"), torch.device("cpu"))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "step 2: no reward could score any completion" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "gspo", "cispo"])
