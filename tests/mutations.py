@@ -30,7 +30,7 @@ class Mutation(NamedTuple):
 ROLLOUT, EXACT, UPDATE = "test_rollout.py::test_", "test_exact.py::test_", "test_update.py::test_"
 COMMON, LOSSES, SCRIPTS = "test_common.py::test_", "test_losses.py::test_", "test_scripts.py::test_"
 TRPO, DPO, GRAPE, GOLDEN = "test_trpo.py::test_", "test_dpo.py::test_", "test_grape.py::test_", "test_golden.py::test_"
-SELECT = "test_rejection_sampling.py::test_"
+SELECT, RUNS, ERRORS = "test_rejection_sampling.py::test_", "test_runs.py::test_", "test_errors.py::test_"
 
 MUTATIONS = [
     # tokens, masks, log-probs
@@ -770,6 +770,87 @@ MUTATIONS = [
         "answers.append(answer)",
         GRAPE + "critic_is_read_by_its_yes_and_no",
     ),
+    # runs that stop, go on, or must not
+    Mutation(
+        "R1",
+        "A resumed run has its optimizer's state,",
+        "common.py",
+        'part.load_state_dict(state["parts"][name])',
+        'name == "optimizer" or part.load_state_dict(state["parts"][name])',
+        RUNS + "a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[grpo]",
+    ),
+    Mutation(
+        "R1",
+        "its value model,",
+        "ppo.py",
+        '{"model": model, "value_model": value_model, "optimizer": optimizer}',
+        '{"model": model, "optimizer": optimizer}',
+        RUNS + "a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[ppo]",
+    ),
+    Mutation(
+        "R1",
+        "torch's random state,",
+        "common.py",
+        '    torch.set_rng_state(states["torch"])\n    random',
+        "    random",
+        RUNS + "a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[reinforce]",
+    ),
+    Mutation(
+        "R1",
+        "and those that a reward may draw from;",
+        "common.py",
+        '    random.setstate(states["python"])\n',
+        "",
+        RUNS + "a_reward_that_draws_random_numbers_draws_on_after_a_resume",
+    ),
+    Mutation(
+        "R1",
+        "a step that was done twice is in metrics.jsonl once;",
+        "common.py",
+        'file.seek(state["sizes"][name])',
+        "file.seek(0, 2)",
+        RUNS + "a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[sft]",
+    ),
+    Mutation(
+        "R1",
+        "and the closing line tells the accuracy that the run began with.",
+        "common.py",
+        'done, self.last, self.accuracies = state["step"], state["last"], state["accuracies"]',
+        'done, self.last = state["step"], state["last"]',
+        RUNS + "a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[sft]",
+    ),
+    Mutation(
+        "R2",
+        "A kill during a save leaves the last good checkpoint.",
+        "common.py",
+        'new = self.checkpoint.with_suffix(".new")',
+        "new = self.checkpoint",
+        RUNS + "a_kill_during_a_save_leaves_the_last_good_checkpoint[torch.save]",
+    ),
+    Mutation(
+        "R3",
+        "Ctrl-C and SIGTERM save.",
+        "common.py",
+        "if not self.stopping and (every == 0 or step % every):",
+        "if every == 0 or step % every:",
+        RUNS + "sigterm_saves_like_ctrl_c_and_a_second_one_ends_at_once",
+    ),
+    Mutation(
+        "R4",
+        "Gradients that are not finite never reach the weights.",
+        "dpo.py",
+        "        run.check_finite(step, stats, batch)\n",
+        "",
+        ERRORS + "gradients_that_are_not_finite_stop_the_run_before_the_weights[dpo]",
+    ),
+    Mutation(
+        "R5",
+        "A reward that is NaN is an error, not a missing score.",
+        "common.py",
+        "finite = value is None or math.isfinite(value)",
+        "finite = value is None or not math.isinf(value)",
+        ERRORS + "rewards_that_return_nonsense",
+    ),
 ]
 
 
@@ -827,6 +908,7 @@ MET = {
     "E4": "trl#2423, trl#5542",
     "E5": "trl#800",
     "E6": "trl#1035",
+    "R1": "trl#2657, OpenRLHF#1103",
 }
 
 

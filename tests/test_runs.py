@@ -31,10 +31,11 @@ def outcome(folder):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(script, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(script, tmp_path, monkeypatch, capsys):
     """Killed in its fourth step, after metrics were written, with a checkpoint of its second."""
     module, log = SCRIPTS[script], common.Run.log
     module.main(module.Args(**SMALL, output_dir=str(tmp_path / "whole")))
+    closing = capsys.readouterr().out.splitlines()[-1].partition(" in ")[0]
 
     def log_and_die(run, step, metrics):
         log(run, step, metrics)
@@ -50,6 +51,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(script, tmp_path
     assert [row["step"] for row in read_jsonl(tmp_path / "killed" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     final = module.main(module.Args(resume=str(tmp_path / "killed")))
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert capsys.readouterr().out.splitlines()[-1].partition(" in ")[0] == closing
     assert final["eval/accuracy"] == read_jsonl(tmp_path / "whole" / "metrics.jsonl")[-1]["eval/accuracy"]
 
 
