@@ -581,16 +581,15 @@ class Run:
 
 
 def random_states() -> dict:
-    """Of every generator that a script or a reward function may draw from, in types that a safe torch.load takes."""
+    """Of every generator that a script or a reward may draw from, in types that torch.load takes with weights_only."""
     name, keys, *rest = numpy.random.get_state()
-    device = torch.get_device_module() if torch.accelerator.is_available() else torch
-    states = {"torch": torch.get_rng_state(), "device": device.get_rng_state()}
-    return states | {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    return states | ({"device": torch.get_device_module().get_rng_state()} if torch.accelerator.is_available() else {})
 
 
 def set_random_states(states: dict) -> None:
-    device = torch.get_device_module() if torch.accelerator.is_available() else torch
-    device.set_rng_state(states["device"])
-    torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     numpy.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(states["device"])

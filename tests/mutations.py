@@ -791,8 +791,8 @@ MUTATIONS = [
         "R1",
         "torch's random state,",
         "common.py",
-        '    torch.set_rng_state(states["torch"])\n    random',
-        "    random",
+        '    torch.set_rng_state(states["torch"])\n',
+        "",
         RUNS + "a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[reinforce]",
     ),
     Mutation(

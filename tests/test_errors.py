@@ -1,5 +1,6 @@
 """What a user can get wrong ends in one line that says what, where and how to mend it, before work is lost."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -233,3 +234,18 @@ def test_out_of_gpu_memory(tmp_path):
     full = "def full(*args, **settings):\n    raise torch.OutOfMemoryError('Tried to allocate 2 GiB')\n"
     line, status = run_with(f"import sft, torch\n{full}sft.token_logprobs = full", tmp_path)
     assert line.startswith("out of GPU memory: lower --micro-batch-size") and "2 GiB" in line and status == 1
+
+
+@pytest.mark.parametrize("file", ["common.py", *(f"{script}.py" for script in SCRIPTS)])
+def test_nothing_runs_what_a_model_or_a_checkpoint_says(file):
+    """No eval, exec or pickle; torch.load takes weights only; code in a checkpoint is never trusted."""
+    calls = [node for node in ast.walk(ast.parse((REPO / file).read_text())) if isinstance(node, ast.Call)]
+    names = {ast.unparse(call.func) for call in calls}
+    assert not names & {"eval", "exec", "compile", "__import__", "os.system", "pickle.load", "pickle.loads"}
+    for call in calls:
+        settings = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert "trust_remote_code" not in settings and "shell" not in settings
+        if ast.unparse(call.func) == "torch.load":
+            assert settings["weights_only"] == "True"
+        if ast.unparse(call.func) == "AutoModelForCausalLM.from_pretrained":
+            assert settings["use_safetensors"] == "True"
