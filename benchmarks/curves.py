@@ -21,7 +21,7 @@ FAILURES = {
     "reinforce": ("--learning-rate", "2e-3"),
     "trpo": ("--max-kl", "1"),
     "ppo": ("--learning-rate", "2e-3"),
-    "grpo": ("--learning-rate", "2e-3"),
+    "grpo": ("--beta", "0", "--num-epochs", "8", "--num-minibatches", "4"),
     "dpo": ("--learning-rate", "1e-3"),
     "grape": ("--confidence-scope", "none"),
 }
