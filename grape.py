@@ -334,6 +334,9 @@ def ask_critic(critic, tokenizer, question, rows, completions, *, batch_size):
     for start in range(0, len(texts), batch_size):
         batch = texts[start : start + batch_size]
         input_ids, mask = pad([common.prompt_tokens(tokenizer, text) for text in batch], "left", critic.device)
+        length, context = input_ids.shape[1], common.context_length(critic)
+        if length > context:
+            common.fail(f"--critic-model: a question of {length} tokens is longer than its context of {context}")
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
         output = critic(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, logits_to_keep=1)
         probabilities = output.logits[:, -1].float().softmax(-1)  # [b, V]
@@ -557,11 +560,13 @@ def main(args: Args) -> dict[str, float]:
         decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         stats = {"loss/policy": 0.0, "policy/clip_frac": 0.0, "kl/old": 0.0, "grad_norm": 0.0}
+        longest = lengths.view(-1, G).amax(1)  # [N]; micro-batches keep a prompt's rows together, with little padding
+        rank = longest.argsort(stable=True).argsort().repeat_interleave(G)  # [B]
         for minibatch in minibatches:
             tokens = completion_mask[minibatch].sum().clamp(min=1)
             normalizer = loss_normalizer(completion_mask[minibatch], args.loss_type, args.max_new_tokens)
-            by_length = minibatch[lengths[minibatch].argsort(stable=True)]  # micro-batches then hold little padding
-            for micro in by_length.split(args.micro_batch_size):
+            by_prompt = minibatch[rank[minibatch].argsort(stable=True)]
+            for micro in by_prompt.split(args.micro_batch_size):
                 mask = completion_mask[micro]
                 with autocast:
                     logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]

@@ -408,13 +408,15 @@ def main(args: Args) -> dict[str, float]:
         optimizer.param_groups[1]["lr"] = args.value_learning_rate * decay
         stats = {"loss/policy": 0.0, "policy/clip_frac": 0.0, "kl/old": 0.0, "grad_norm": 0.0}
         stats["loss/value"], updates = 0.0, 0
+        longest = lengths.view(-1, G).amax(1)  # [N]; micro-batches keep a prompt's rows together, with little padding
+        rank = longest.argsort(stable=True).argsort().repeat_interleave(G)  # [B]
         for minibatch in minibatches:
             tokens = completion_mask[minibatch].sum().clamp(min=1)
             policy_settings = {"clip_range": args.clip_range, "normalizer": tokens}
             value_settings = {"value_clip_range": args.value_clip_range, "normalizer": tokens}
             kl_before = float(stats["kl/old"])
-            by_length = minibatch[lengths[minibatch].argsort(stable=True)]  # micro-batches then hold little padding
-            for micro in by_length.split(args.micro_batch_size):
+            by_prompt = minibatch[rank[minibatch].argsort(stable=True)]
+            for micro in by_prompt.split(args.micro_batch_size):
                 mask = completion_mask[micro]
                 with autocast:
                     logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]

@@ -335,10 +335,12 @@ def main(args: Args) -> dict[str, float]:
         decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         stats = {"loss/policy": 0.0, "grad_norm": 0.0}
+        longest = lengths.view(-1, G).amax(1)  # [N]; micro-batches keep a prompt's rows together, with little padding
+        rank = longest.argsort(stable=True).argsort().repeat_interleave(G)  # [B]
         minibatch = torch.arange(B, device=device)
         normalizer = (~rewards.isnan()).sum().clamp(min=1)
-        by_length = minibatch[lengths[minibatch].argsort(stable=True)]  # micro-batches then hold little padding
-        for micro in by_length.split(args.micro_batch_size):
+        by_prompt = minibatch[rank[minibatch].argsort(stable=True)]
+        for micro in by_prompt.split(args.micro_batch_size):
             mask = completion_mask[micro]
             with autocast:
                 logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]

@@ -64,10 +64,14 @@ def test_invariants():
     torch.testing.assert_close(rewards(confidences=unsure), rewards())
 
 
+ENDLESS = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=None))  # a critic's context
+
+
 class FakeCritic:
     """A language model that answers yes to all that mentions 42, no to the rest, and nothing to what mentions tea."""
 
     device = torch.device("cpu")
+    config = ENDLESS
 
     def __init__(self, tokenizer, p_yes=0.6, p_no=0.2):
         self.tokenizer, self.p_yes, self.p_no, self.batches = tokenizer, p_yes, p_no, []
@@ -113,8 +117,16 @@ def test_critic_prompts_do_not_depend_on_the_batch(tokenizer):
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3, equal_nan=True)
 
 
+def test_a_question_longer_than_the_critics_context_is_one_line(tokenizer):
+    model = random_model("gpt2", vocab_size=257)  # 64 positions
+    with pytest.raises(SystemExit, match=r"--critic-model: a question of \d+ tokens is longer than its context of 64"):
+        grape.ask_critic(model, tokenizer, "ok?", [{"prompt": "q" * 80}], ["a"], batch_size=1)
+
+
 class ShortPrompts:
     """A model of 64 positions, given the last 60 tokens of each prompt."""
+
+    config = ENDLESS
 
     def __init__(self, model):
         self.model, self.device = model, model.device
@@ -192,6 +204,7 @@ def test_questions_go_to_the_starting_model_or_to_the_critic(tmp_path, tokenizer
     model = random_model("qwen2", vocab_size=257)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.1)  # nearly uniform, so yes and no get more than 1 %
+    model.config.max_position_embeddings = 128
     model.save_pretrained(critic_folder)
     tokenizer.save_pretrained(critic_folder)
     items = [{"name": "right", "weight": 1, "verifier": "exact_answer"}]
