@@ -386,7 +386,10 @@ BOUNDS = [  # of flags, wherever a script has one of that name
 
 
 def check_args(args):
-    """The flags, refused where no script can work with them; with --resume they become those of that run."""
+    """The flags, refused where no script can work with them; with --resume they become those of that run.
+
+    Only --device and --micro-batch-size may then be others, as they change no result but its last digits.
+    """
     if args.resume:
         file, own = Path(args.resume, "args.json"), {field.name: getattr(args, field.name) for field in fields(args)}
         stored = json.loads(file.read_text()) if file.is_file() else {}
@@ -394,7 +397,10 @@ def check_args(args):
             raise SystemExit(f"--resume {args.resume}: not the folder of a run of this script")
         stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         stored |= {"resume": args.resume, "output_dir": args.resume}
-        given = [name for name in own if own[name] not in (stored[name], getattr(type(args), name))]
+        changed = {name for name in own if own[name] not in (stored[name], getattr(type(args), name))}
+        movable = changed & {"device", "micro_batch_size"}  # where and how it is computed, not what
+        stored |= {name: own[name] for name in movable}
+        given = [name for name in own if name in changed - movable]
         if given:
             flags = " ".join(f"--{name.replace('_', '-')}" for name in given)
             raise SystemExit(f"--resume {args.resume}: goes on with that run's own settings; leave out {flags}")
@@ -418,7 +424,9 @@ def explain(kind: type, error: BaseException, trace) -> None:
         bar.close()
     told = f"{error!r} {error.__context__!r}"  # torch.save and safetensors have errors of their own
     if kind is torch.OutOfMemoryError:
-        tell = "lower --micro-batch-size for the update, --prompts-per-step and --max-new-tokens for the rollout"
+        tell = (
+            "lower --micro-batch-size for the update, which --resume takes too, or --prompts-per-step for the rollout"
+        )
         print(f"out of GPU memory: {tell} ({str(error).splitlines()[0]})", file=sys.stderr)
     elif any(os.strerror(number) in told for number in (errno.ENOSPC, errno.EDQUOT)):
         print(f"no space left on the disk ({told[-200:]}); free some and go on with --resume", file=sys.stderr)

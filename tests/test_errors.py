@@ -208,6 +208,13 @@ def test_resuming_what_cannot_be_resumed(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="not the folder of a run of this script"):
         SCRIPTS["dpo"].main(SCRIPTS["dpo"].Args(resume=folder))
     sft.main(sft.Args(**SMALL, output_dir=str(tmp_path / "done")))
+    monkeypatch.setattr(common.Run, "check_finite", lambda run, step, *rest: die_at(step, 2))
+    with pytest.raises(Killed):
+        sft.main(sft.Args(**SMALL, save_every=1, output_dir=str(tmp_path / "moved")))
+    monkeypatch.undo()
+    sft.main(sft.Args(resume=str(tmp_path / "moved"), micro_batch_size=1, device="cpu"))  # these two may be others
+    one, other = (common.load_model(str(tmp_path / run / "model"), torch.device("cpu"))[0] for run in ("done", "moved"))
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
     with pytest.raises(SystemExit, match="has finished; its model is in"):
         sft.main(sft.Args(resume=str(tmp_path / "done")))
 
