@@ -378,7 +378,7 @@ BOUNDS = [  # of flags, wherever a script has one of that name
     (
         "0 or more",
         lambda value: value >= 0,
-        "num_steps warmup_steps save_every beta clip_range value_clip_range clip_low clip_high target_kl "
+        "seed num_steps warmup_steps save_every beta clip_range value_clip_range clip_low clip_high target_kl "
         "overlong_buffer damping cg_tolerance max_backtracks simpo_gamma",
     ),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma gae_lambda"),

@@ -73,7 +73,7 @@ def main(args: Args) -> None:
                 axis.plot(steps, smooth(values, len(values) // 10), color=colour, linewidth=1.8, label=label)
         axis.set_title(PANELS[name], loc="left", fontsize=10)
         if axis.dataLim.ymin >= 0:
-            axis.set_ylim(0, 1 if name == "eval/accuracy" else None)
+            axis.set_ylim(0, 1.02 if name == "eval/accuracy" else None)
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right", "left"]].set_visible(False)
