@@ -463,10 +463,8 @@ class Run:
             raise SystemExit(f"--resume {self.dir}: has finished; its model is in {model}")
         if args.resume and not self.checkpoint.exists():
             raise SystemExit(f"--resume {self.dir}: was stopped before it first saved; remove it and start anew")
-        held = [
-            path for path in (model, self.checkpoint, self.paths["metrics"]) if path.exists() and path.stat().st_size
-        ]
-        if held and not args.resume:
+        held = (model, self.checkpoint, self.paths["metrics"])
+        if not args.resume and any(path.exists() and path.stat().st_size for path in held):
             raise SystemExit(f"--output-dir {self.dir}: already holds a run; give another one, or --resume {self.dir}")
         self.start_time, self.last, self.accuracies = time.perf_counter(), {}, []
         sys.excepthook = explain
@@ -479,11 +477,14 @@ class Run:
         that is under way and saves.
         """
         args, done = self.args, 0
-        self.dir.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        mode = "r+" if args.resume else "w"
-        self.files = {name: path.open(mode, encoding="utf-8") for name, path in self.paths.items()}
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            if not args.resume:
+                (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            mode = "r+" if args.resume else "w"
+            self.files = {name: path.open(mode, encoding="utf-8") for name, path in self.paths.items()}
+        except OSError as error:
+            raise SystemExit(f"--output-dir {self.dir}: cannot be written ({error})") from None
         if args.resume:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             for name, part in parts.items():
@@ -566,7 +567,10 @@ class Run:
             scores = {name: values[index].item() for name, values in components.items()}
             self.write("samples", {"step": step, "phase": phase, "prompt": prompt, "completion": completion, **scores})
             if phase == "eval" and index < 3:
-                asked, answered = (" ".join(text.split()) for text in (prompt, completion))
+                # a model may say what a terminal would obey
+                asked, answered = (
+                    "".join(c if c.isprintable() else " " for c in text) for text in (prompt, completion)
+                )
                 told = " ".join(f"{name} {value:.3g}" for name, value in scores.items())
                 told = f"\033[{32 if next(iter(scores.values())) > 0 else 31}m{told}\033[0m" if colour else told
                 self.bar.write(f"step {step:<5} {asked[-60:]} | {answered[-100:]} | {told}")

@@ -195,6 +195,12 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path, no_model):
     assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("metrics.jsonl", "precious\n")]
 
 
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = message_of("sft", tmp_path, output_dir=str(tmp_path / "file" / "run"))
+    assert message.startswith("--output-dir ") and "cannot be written" in message
+
+
 def test_resuming_what_cannot_be_resumed(tmp_path, monkeypatch):
     sft, folder = SCRIPTS["sft"], str(tmp_path / "run")
     monkeypatch.setattr(common.Run, "check_finite", lambda run, step, *rest: die_at(step, 1))

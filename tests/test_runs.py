@@ -259,4 +259,13 @@ def test_the_terminal_shows_some_completions_with_their_rewards(colour, tmp_path
     paint = {1.0: "\033[32m{}\033[0m", 0.0: "\033[31m{}\033[0m"} if colour else {1.0: "{}", 0.0: "{}"}
     first = shown[0]
     told = paint[first["exact_answer"]].format(f"exact_answer {first['exact_answer']:.3g} length {first['length']:.3g}")
-    assert lines[0] == f"step 0     {first['prompt']} | {first['completion'].strip()} | {told}"
+    assert lines[0] == f"step 0     {first['prompt']} | {first['completion']} | {told}"
+
+
+def test_what_a_model_says_cannot_command_the_terminal(tmp_path, capsys):
+    sft = SCRIPTS["sft"]
+    run = common.Run(sft.Args(output_dir=str(tmp_path / "run")))
+    run.start({})
+    run.log_samples(0, "eval", ["a\nb"], ["\x1b[2J\x07\r85\x9b"], {"right": torch.tensor([1.0])})
+    assert capsys.readouterr().out.strip() == "step 0     a b |  [2J  85  | right 1"
+    run.bar.close()
