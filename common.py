@@ -412,9 +412,6 @@ def check_args(args):
                 raise SystemExit(f"--{name.replace('_', '-')}: {value}, but it must be {bound}")
     if args.track != "none" and not importlib.util.find_spec(args.track):
         raise SystemExit(f"--track {args.track}: needs `pip install {args.track}`")
-    B, parts = args.prompts_per_step * getattr(args, "samples_per_prompt", 1), getattr(args, "num_minibatches", 1)
-    if B % parts:
-        raise SystemExit(f"--num-minibatches: {B} completions do not divide into {parts} equal parts")
     return args
 
 

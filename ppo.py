@@ -335,6 +335,8 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
     args = common.check_args(args)
+    if args.prompts_per_step * args.samples_per_prompt % args.num_minibatches:
+        raise SystemExit("--num-minibatches: the completions of a step do not divide into so many equal parts")
     columns = ("prompt",)
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
     score = common.load_reward(args.reward, args.reward_weights)
