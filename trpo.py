@@ -465,14 +465,14 @@ def main(args: Args) -> dict[str, float]:
             fvp = partial(fisher_vector_product, factors, parameters)
             settings = {"iterations": args.cg_iterations, "tolerance": args.cg_tolerance}
             x, stats["cg/residual"] = conjugate_gradient(partial(fvp, damping=args.damping), gradient, **settings)
-            longest = (2 * max_kl / (x @ fvp(x))).sqrt() * x
+            full_step = (2 * max_kl / (x @ fvp(x))).sqrt() * x
+            del factors, fvp  # the search needs their graphs' memory
             chunks = [(*chunk, a) for chunk, a in zip(chunks, advantages.split(args.micro_batch_size))]
             measure = partial(surrogate_and_kl, model, old_model, chunks, temperature=args.temperature)
             settings = {"max_kl": max_kl, "max_backtracks": args.max_backtracks}
-            fraction, stats["kl/old"] = line_search(measure, parameters, longest, **settings)
+            fraction, stats["kl/old"] = line_search(measure, parameters, full_step, **settings)
             stats["line_search/fraction"], stats["line_search/failed"] = fraction, fraction == 0.0
             stats["kl/predicted"] = fraction**2 * max_kl
-            del factors, fvp  # or their graphs would be in memory until the next update
 
         # 5. log
         seconds = time.perf_counter() - start
