@@ -422,10 +422,11 @@ def main(args: Args) -> dict[str, float]:
                 mask = completion_mask[micro]
                 with autocast:
                     logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
-                    values = value_model(*(x[micro] for x in batch))[:, :-1]  # [b, T]
                 old = old_logprobs[micro] if len(minibatches) > 1 else logprobs.detach()
                 loss = policy_loss(logprobs, old, advantages[micro], mask, **policy_settings)
-                loss.backward()
+                loss.backward()  # before the values are computed: activations of one model at a time
+                with autocast:
+                    values = value_model(*(x[micro] for x in batch))[:, :-1]  # [b, T]
                 loss_v = value_loss(values, old_values[micro], returns[micro], mask, **value_settings)
                 loss_v.backward()
                 stats["loss/policy"] += loss.detach()
