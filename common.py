@@ -138,11 +138,11 @@ def read_rows(source: str, columns: tuple[str, ...]) -> list[Row]:
         return arithmetic()
     if Path(source).is_file():
         rows = []
-        with open(source, encoding="utf-8") as file:
+        with open(source, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     rows += [json.loads(line)] if line.strip() else []
-                except json.JSONDecodeError as error:
+                except ValueError as error:  # no JSON, or no UTF-8
                     raise SystemExit(f"{source}, line {number}: not JSON ({error})") from None
     elif source.endswith((".jsonl", ".json")):
         raise SystemExit(f"--data {source}: no such file")
@@ -378,10 +378,11 @@ BOUNDS = [  # of flags, wherever a script has one of that name
     (
         "0 or more",
         lambda value: value >= 0,
-        "seed num_steps warmup_steps save_every beta clip_range value_clip_range clip_low clip_high target_kl "
+        "num_steps warmup_steps save_every beta clip_range value_clip_range clip_low clip_high target_kl "
         "overlong_buffer damping cg_tolerance max_backtracks simpo_gamma",
     ),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma gae_lambda"),
+    ("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
 ]
 
 
@@ -392,7 +393,10 @@ def check_args(args):
     """
     if args.resume:
         file, own = Path(args.resume, "args.json"), {field.name: getattr(args, field.name) for field in fields(args)}
-        stored = json.loads(file.read_text()) if file.is_file() else {}
+        try:
+            stored = json.loads(file.read_text())
+        except (OSError, ValueError):
+            stored = {}
         if stored.keys() != own.keys():
             raise SystemExit(f"--resume {args.resume}: not the folder of a run of this script")
         stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
@@ -421,9 +425,7 @@ def explain(kind: type, error: BaseException, trace) -> None:
         bar.close()
     told = f"{error!r} {error.__context__!r}"  # torch.save and safetensors have errors of their own
     if kind is torch.OutOfMemoryError:
-        tell = (
-            "lower --micro-batch-size for the update, which --resume takes too, or --prompts-per-step for the rollout"
-        )
+        tell = "lower --micro-batch-size for the update (--resume takes it too), --prompts-per-step for the rollout"
         print(f"out of GPU memory: {tell} ({str(error).splitlines()[0]})", file=sys.stderr)
     elif any(os.strerror(number) in told for number in (errno.ENOSPC, errno.EDQUOT)):
         print(f"no space left on the disk ({told[-200:]}); free some and go on with --resume", file=sys.stderr)
@@ -483,7 +485,11 @@ class Run:
         except OSError as error:
             raise SystemExit(f"--output-dir {self.dir}: cannot be written ({error})") from None
         if args.resume:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged file ends in one of several
+                reason = str(error).splitlines()[0]
+                raise SystemExit(f"--resume {self.dir}: {self.checkpoint} cannot be read ({reason})") from None
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
             for name, file in self.files.items():  # what the killed process wrote after it saved will be written again

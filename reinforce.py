@@ -159,9 +159,8 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
     alive = torch.arange(len(mask), device=mask.device)  # rows of the result that the batch still holds
     for t in range(max_new_tokens):
         log_softmax = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-        if (
-            temperature > 0
-        ):  # by one random number a row: multinomial, which draws one a token, is 20 times slower on a CPU
+        if temperature > 0:
+            # one random number a row: torch.multinomial draws one for each token of the vocabulary, which takes longer
             cdf = log_softmax.exp().cumsum(-1, dtype=wide)
             number = torch.rand(len(cdf), 1, dtype=wide, device=cdf.device) * cdf[:, -1:]
             token = torch.searchsorted(cdf, number, right=True).clamp(max=cdf.shape[1] - 1)

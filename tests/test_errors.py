@@ -49,6 +49,7 @@ BAD_FLAGS = [
     ("ppo", {"gae_lambda": float("nan")}, "--gae-lambda: nan, but it must be from 0 to 1"),
     ("ppo", {"gamma": 1.5}, "--gamma: 1.5, but it must be from 0 to 1"),
     ("sft", {"max_new_tokens": 0}, "--max-new-tokens: 0, but it must be more than 0"),
+    ("sft", {"seed": 2**32}, "--seed: 4294967296, but it must be from 0 to 2**32 - 1"),
     ("sft", {"warmup_steps": -1}, "--warmup-steps: -1, but it must be 0 or more"),
     ("grpo", {"reward": ("nonsense",)}, "--reward nonsense: neither one of exact_answer, format, length nor an"),
     ("grpo", {"reward": ()}, "--reward: name at least one"),
@@ -104,6 +105,11 @@ def test_bad_rows_are_named_before_a_model_is_loaded(script, tmp_path, no_model)
         ((GOOD, GOOD), "one prompt only"),
     ]:
         assert message in message_of(script, tmp_path, data=write(tmp_path, *rows))
+
+
+def test_a_line_that_is_no_utf_8_is_named(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + '{"prompt": "é"}'.encode("latin-1"))
+    assert "line 2: not JSON ('utf-8' codec" in message_of("grpo", tmp_path, data=str(tmp_path / "data.jsonl"))
 
 
 def test_messages_that_no_template_takes(tmp_path, chat_model):
@@ -218,6 +224,13 @@ def test_resuming_what_cannot_be_resumed(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         sft.main(sft.Args(**SMALL, save_every=1, output_dir=str(tmp_path / "moved")))
     monkeypatch.undo()
+    state, args = tmp_path / "moved" / "checkpoint" / "state.pt", tmp_path / "moved" / "args.json"
+    for file, message in ((state, "state.pt cannot be read"), (args, "not the folder of a run of this script")):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(SystemExit, match=message):
+            sft.main(sft.Args(resume=str(tmp_path / "moved")))
+        file.write_bytes(whole)
     sft.main(sft.Args(resume=str(tmp_path / "moved"), micro_batch_size=1, device="cpu"))  # these two may be others
     one, other = (common.load_model(str(tmp_path / run / "model"), torch.device("cpu"))[0] for run in ("done", "moved"))
     torch.testing.assert_close(one.state_dict(), other.state_dict())

@@ -136,6 +136,28 @@ def test_ppo_scores_stop_tokens_and_bootstraps_what_was_cut_off(tmp_path, monkey
     assert (settings["bootstrap"][ended] == 0).all() and (settings["bootstrap"][~ended] != 0).all()
 
 
+@pytest.mark.parametrize("script", ["reinforce", "trpo", "ppo", "grpo", "grape"])
+def test_micro_batches_keep_a_prompts_rows_together(script, tmp_path, monkeypatch):
+    """So that each prompt is computed once in the update: in micro-batches of G rows there is one prompt in each."""
+    module, prompts, lengths = SCRIPTS[script], [], []
+    token_logprobs = module.token_logprobs
+
+    def spy(model, prompt_ids, prompt_mask, completion_ids, completion_mask, **settings):
+        if torch.is_grad_enabled():
+            prompts.append(len(prompt_ids.unique(dim=0)))
+            lengths.append(completion_mask.sum(1).max().item())
+        return token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, **settings)
+
+    monkeypatch.setattr(module, "token_logprobs", spy)
+    args = module.Args(num_steps=1, prompts_per_step=8, samples_per_prompt=4, micro_batch_size=4, eval_prompts=2)
+    args.output_dir = str(tmp_path / "run")
+    if script in ("ppo", "grpo", "grape"):
+        args.num_epochs = args.num_minibatches = 1
+    module.main(args)
+    assert prompts == [1] * 8
+    assert lengths == sorted(lengths)  # and those of like length follow each other
+
+
 @pytest.mark.parametrize("script", SAMPLING)
 def test_a_step_that_nothing_could_score_leaves_the_weights_finite(script, tmp_path, capsys):
     judge = "return [0.0 if len(prompts) == 2 else None for _ in prompts]"  # 2 in an evaluation, more in a step
