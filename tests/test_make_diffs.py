@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tokenize
 import urllib.request
 from pathlib import Path
@@ -231,6 +232,10 @@ class Browser:
     def run(self, script: str, *arguments):
         return self.call("/execute/sync", {"script": script, "args": arguments})
 
+    def becomes(self, script: str, expected: list) -> bool:
+        """Whether the script comes to return this: links and history are followed a moment after the key."""
+        return any(self.run(script) == expected or time.sleep(0.1) for _ in range(100))
+
     def devtools(self, command: str, **parameters) -> None:
         self.call("/goog/cdp/execute", {"cmd": command, "params": parameters})
 
@@ -291,6 +296,7 @@ def page(tmp_path_factory):
 
 
 LINES = "[...document.querySelectorAll(`.${side}.line`)].map((line) => line.textContent)"
+PAIR = "return [location.hash, $('left').value, $('right').value]"
 STATE = "return [location.hash, $('left').value, $('right').value, $('count').textContent]"
 
 
@@ -354,27 +360,27 @@ def test_the_keyboard_does_everything(browser, page):
     assert browser.run(STATE)[3] == f"{total} / {total}"  # each has its turn, the last lines of the page too
 
     browser.press("#left", "down")
-    assert browser.run(STATE)[:3] == ["#trpo~grpo", "trpo", "grpo"]
+    assert browser.becomes(PAIR, ["#trpo~grpo", "trpo", "grpo"])
     browser.press("body", "s")
-    assert browser.run(STATE)[:3] == ["#grpo~trpo", "grpo", "trpo"]
+    assert browser.becomes(PAIR, ["#grpo~trpo", "grpo", "trpo"])
     browser.press("#swap", "enter")
-    assert browser.run(STATE)[:3] == ["#trpo~grpo", "trpo", "grpo"]
+    assert browser.becomes(PAIR, ["#trpo~grpo", "trpo", "grpo"])
     browser.call("/back", {})
-    assert browser.run(STATE)[:3] == ["#grpo~trpo", "grpo", "trpo"]
+    assert browser.becomes(PAIR, ["#grpo~trpo", "grpo", "trpo"])
     browser.call("/forward", {})
-    assert browser.run(STATE)[:3] == ["#trpo~grpo", "trpo", "grpo"]
+    assert browser.becomes(PAIR, ["#trpo~grpo", "trpo", "grpo"])
     browser.press("#ladder [href='#grpo~grape']", "enter")
-    assert browser.run(STATE)[:3] == ["#grpo~grape", "grpo", "grape"]
-    assert browser.run("return document.querySelector('[aria-current]').hash") == "#grpo~grape"
+    assert browser.becomes(PAIR, ["#grpo~grape", "grpo", "grape"])
+    assert browser.becomes("return [document.querySelector('[aria-current]').hash]", ["#grpo~grape"])
     browser.press("#right", "up", "up")  # over dpo to grpo, which is on the left: they change places
-    assert browser.run(STATE)[:3] == ["#dpo~grpo", "dpo", "grpo"]
+    assert browser.becomes(PAIR, ["#dpo~grpo", "dpo", "grpo"])
 
     browser.press(".skip", "enter")
-    assert browser.run("return [document.activeElement.id, location.hash]") == ["lines", "#dpo~grpo"]
+    assert browser.becomes("return [document.activeElement.id, location.hash]", ["lines", "#dpo~grpo"])
     browser.run("$('keys').click()")
-    before = browser.run(STATE)
-    browser.press("body", "s", "n")
-    assert browser.run(STATE) == before
+    browser.press("body", "s", "n")  # single keys do nothing now
+    assert browser.run(PAIR) == ["#dpo~grpo", "dpo", "grpo"]
+    assert not browser.run("return differences.includes(document.activeElement)")
 
 
 def test_folds_open_and_close(browser, page):
