@@ -1,8 +1,9 @@
-"""What every script needs and no algorithm owns: model loading, data, reward stubs, the bookkeeping of a run.
+"""What every script needs and no algorithm owns: model loading, several processes, data, reward stubs, bookkeeping.
 
 A mistake that a user can make ends in SystemExit with one line: what is wrong, where, and how to mend it.
 """
 
+import contextlib
 import errno
 import hashlib
 import importlib.util
@@ -19,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,11 +30,14 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import numpy
 import torch
+import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 transformers.utils.logging.disable_progress_bar()
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 Row = dict  # one line of data: "prompt" and any further columns
 bars = []  # of runs that are under way
@@ -52,8 +56,125 @@ def bundled(path: str) -> str:
     return str(beside) if beside.exists() and not Path(path).exists() else path
 
 
-def load_model(path: str, device: torch.device, named_by: str = "--model"):
-    """A causal LM in float32, and its tokenizer, from a checkpoint folder or a hub id.
+def mean(value):
+    """The mean over the processes of a number or tensor that each of them has; with one process the value itself.
+
+    Gradients, and what Run.log gets, are averaged over the processes too. So a sum that each process divides by the
+    mean of all counts comes out as if one process had done the whole batch.
+    """
+    if WORLD_SIZE == 1:
+        return value
+    total = torch.as_tensor(value).clone()
+    dist.all_reduce(total)
+    return total / WORLD_SIZE
+
+
+def nanmean(values: torch.Tensor) -> torch.Tensor:
+    """The mean, over all processes, of the values that are not NaN."""
+    return mean(values.nansum()) / mean((~values.isnan()).sum().to(values.dtype))
+
+
+def largest(value):
+    """The largest, over the processes, of a number or of each element of a tensor that all of them have."""
+    if WORLD_SIZE == 1:
+        return value
+    result = torch.as_tensor(value).clone()
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return result if isinstance(value, torch.Tensor) else result.item()
+
+
+def anywhere(condition: bool) -> bool:
+    """Whether it holds on one process at least: sharded models need all processes to run the same passes."""
+    return bool(largest(int(condition)))
+
+
+def share(rows: list) -> list:
+    """The rows of this process."""
+    return rows[RANK::WORLD_SIZE]
+
+
+@cache
+def device_mesh(kind: str):
+    return dist.init_device_mesh(kind, (WORLD_SIZE,))
+
+
+def shard(module, device: torch.device) -> None:
+    """Split a module's parameters, gradients and optimizer state among the processes, if several, by torch's FSDP2.
+
+    Layer by layer whole parameters are gathered for a forward or backward pass and let go after it; embeddings and head
+    stay whole from the forward pass to the end of the backward pass, so that logits can be made chunk by chunk.
+    """
+    if WORLD_SIZE == 1:
+        return
+    from torch.distributed.fsdp import fully_shard  # takes as long as torch itself
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            fully_shard(layer, mesh=device_mesh(device.type))
+    fully_shard(module, mesh=device_mesh(device.type), reshard_after_forward=False)
+
+
+@contextlib.contextmanager
+def whole(model):
+    """Gather a sharded model's parameters once, for passes in which each process goes its own way; then let them go."""
+    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not parts[0], recurse=False)
+        part.reshard()
+
+
+def add_adapters(model, rank: int, path: str) -> None:
+    """Freeze the model and give each of its linear layers but the head a trainable LoRA adapter (arXiv 2106.09685)."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise SystemExit("--lora-rank: needs `pip install peft`") from None
+    # an alpha that does not grow with the rank lets one learning rate fit all ranks (thinkingmachines.ai/blog/lora);
+    # dropout would make log-probs differ from pass to pass, as in load_model
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"))
+
+
+class WithoutAdapters:
+    """A model, or a module of it, run with the model's adapters off: what the training started from, for free."""
+
+    def __init__(self, model, module=None) -> None:
+        self.model, self.module = model, module or model
+
+    def __getattr__(self, name: str):
+        return getattr(self.module, name)
+
+    @property
+    def base_model(self):
+        return WithoutAdapters(self.model, self.model.base_model)
+
+    def __call__(self, **inputs):
+        self.model.disable_adapters()
+        try:
+            return self.module(**inputs)
+        finally:
+            self.model.enable_adapters()
+
+
+def load_reference(args, model, device: torch.device):
+    """The model that the training starts from; with --lora-rank that is the trained one without its adapters."""
+    return WithoutAdapters(model) if args.lora_rank else load_model(args.model, device)[0]
+
+
+def load_model(
+    path: str,
+    device: torch.device,
+    *,
+    lora_rank: int = 0,
+    gradient_checkpointing: bool = False,
+    sharded: bool = True,
+    named_by: str = "--model",
+):
+    """A causal LM in float32, and its tokenizer, from a checkpoint folder or a hub id; sharded if there are processes.
 
     Settled here once, so that no script has to think of it:
     - dropout is 0: the log-probs of one completion must come out the same twice (arXiv 2403.17031, detail 5);
@@ -63,6 +184,8 @@ def load_model(path: str, device: torch.device, named_by: str = "--model"):
       raises them until one is sampled (vllm-project/vllm#13175).
     """
     path = bundled(path)
+    if Path(path, "adapter_config.json").exists():
+        raise SystemExit(f"{named_by} {path}: holds adapters, not a model; give that run --merge-adapters")
     try:
         config = AutoConfig.from_pretrained(path)
         for part in (config, config.get_text_config()):
@@ -83,18 +206,43 @@ def load_model(path: str, device: torch.device, named_by: str = "--model"):
     model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=min(stop_ids))
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits[..., :vocab_size])
+    if lora_rank:
+        add_adapters(model, lora_rank, path)
+    if sharded:
+        shard(model, device)
     model = model.to(device).eval()
+    if hasattr(model, "unshard"):  # passes begin at the trunk, FSDP's at the model
+
+        def gather(trunk, inputs):
+            model.unshard()
+
+        model.base_model.register_forward_pre_hook(gather)
+    if gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its old name
+        enable({"use_reentrant": False})
+        if not getattr(model.base_model, "gradient_checkpointing", False):
+            raise SystemExit(f"--gradient-checkpointing: {named_by} {path} has none; leave it out")
+
+        def set_mode(trunk, inputs):
+            # it needs train mode, in which a KV cache is dropped without a word (huggingface/transformers#36051), so no
+            # rollout may run in that mode
+            trunk.train(torch.is_grad_enabled())
+
+        model.base_model.register_forward_pre_hook(set_mode)
     with torch.no_grad():
-        probe = torch.tensor([[min(stop_ids), 0]], device=device)
-        output, same = model(input_ids=probe, use_cache=True), partial(torch.allclose, atol=1e-3, rtol=1e-3)
-        if not same(output.logits[:, :1], model(input_ids=probe[:, :1]).logits):
+        probe, same = torch.tensor([[min(stop_ids), 0]], device=device), partial(torch.allclose, atol=1e-3, rtol=1e-3)
+        inputs = {"input_ids": probe, "attention_mask": torch.ones_like(probe)}
+        output = model(**inputs, use_cache=True)
+        if not same(output.logits[:, :1], model(**{name: x[:, :1] for name, x in inputs.items()}).logits):
             raise SystemExit(
                 f"{named_by} {path}: no causal language model; what it says of a token depends on later ones"
             )
         if not hasattr(getattr(output, "past_key_values", None), "reorder_cache"):
             raise SystemExit(f"{named_by} {path}: has no KV cache, which sampling needs")
-        if not same(output.logits, logits_of(model, model.base_model(input_ids=probe).last_hidden_state)):
+        if not same(output.logits, logits_of(model, model.base_model(**inputs).last_hidden_state)):
             raise SystemExit(f"{named_by} {path}: it scales its logits as common.logits_of does not; add it there")
+    if hasattr(model, "reshard"):
+        model.reshard()
     return model, tokenizer
 
 
@@ -379,7 +527,7 @@ BOUNDS = [  # of flags, wherever a script has one of that name
         "0 or more",
         lambda value: value >= 0,
         "num_steps warmup_steps save_every beta clip_range value_clip_range clip_low clip_high target_kl "
-        "overlong_buffer damping cg_tolerance max_backtracks simpo_gamma",
+        "overlong_buffer damping cg_tolerance max_backtracks simpo_gamma lora_rank",
     ),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma gae_lambda"),
     ("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
@@ -414,6 +562,12 @@ def check_args(args):
             value = getattr(args, name, None)
             if value is not None and not holds(value):
                 raise SystemExit(f"--{name.replace('_', '-')}: {value}, but it must be {bound}")
+    if args.prompts_per_step % WORLD_SIZE:
+        raise SystemExit(f"--prompts-per-step: {args.prompts_per_step} do not divide among {WORLD_SIZE} processes")
+    if args.eval_prompts < WORLD_SIZE:
+        raise SystemExit(f"--eval-prompts: {args.eval_prompts} for {WORLD_SIZE} processes; give each one at least")
+    if args.merge_adapters and not args.lora_rank:
+        raise SystemExit("--merge-adapters: there are none without --lora-rank")
     if args.track != "none" and not importlib.util.find_spec(args.track):
         raise SystemExit(f"--track {args.track}: needs `pip install {args.track}`")
     return args
@@ -451,11 +605,22 @@ def open_tracker(track: str, folder: Path, steps_done: int) -> Callable[[int, di
 
 
 class Run:
-    """The output folder of a run (args.json, metrics.jsonl, samples.jsonl, checkpoint/, model/), its seed, its bar."""
+    """The output folder of a run (args.json, metrics.jsonl, samples.jsonl, checkpoint/, model/), its seed, its bar.
+
+    Of several processes the first one writes the files and talks; each calls every method, as they ask one another.
+    """
 
     def __init__(self, args) -> None:
         self.name = Path(sys.modules[type(args).__module__].__file__).stem
-        self.dir = Path(args.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        names = [args.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        if WORLD_SIZE > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()
+            dist.broadcast_object_list(names)
+        if RANK > 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        self.dir = Path(names[0])
         self.args, self.stopping, self.checkpoint = args, False, self.dir / "checkpoint" / "state.pt"
         self.paths, model = {name: self.dir / f"{name}.jsonl" for name in ("metrics", "samples")}, self.dir / "model"
         if args.resume and model.exists():
@@ -475,31 +640,36 @@ class Run:
         Returns the steps that are done, 0 for a new run. From here on Ctrl-C, or a scheduler's SIGTERM, ends the step
         that is under way and saves.
         """
-        args, done = self.args, 0
+        args, done, self.files, self.track = self.args, 0, {}, lambda step, metrics: None
+        if RANK > 0:
+            transformers.set_seed(args.seed + RANK)  # each samples on its own; what is the same for all is loaded now
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            if not args.resume:
-                (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-            mode = "r+" if args.resume else "w"
-            self.files = {name: path.open(mode, encoding="utf-8") for name, path in self.paths.items()}
+            if RANK == 0:
+                self.dir.mkdir(parents=True, exist_ok=True)
+                if not args.resume:
+                    (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+                mode = "r+" if args.resume else "w"
+                self.files = {name: path.open(mode, encoding="utf-8") for name, path in self.paths.items()}
         except OSError as error:
             raise SystemExit(f"--output-dir {self.dir}: cannot be written ({error})") from None
         if args.resume:
             try:
-                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:  # a damaged file ends in one of several
                 reason = str(error).splitlines()[0]
                 raise SystemExit(f"--resume {self.dir}: {self.checkpoint} cannot be read ({reason})") from None
             for name, part in parts.items():
-                part.load_state_dict(state["parts"][name])
+                set_whole_state(part, state["parts"][name])
             for name, file in self.files.items():  # what the killed process wrote after it saved will be written again
                 file.seek(state["sizes"][name])
                 file.truncate()
             done, self.last, self.accuracies = state["step"], state["last"], state["accuracies"]
             self.start_time -= state["seconds"]
-            set_random_states(state["random"])
-        self.track = open_tracker(args.track, self.dir, done)
-        self.bar = tqdm(total=args.num_steps, initial=done, desc=self.name, dynamic_ncols=True)
+            if len(state["random"]) > RANK:  # there may be more processes now than there were
+                set_random_states(state["random"][RANK])
+        if RANK == 0:
+            self.track = open_tracker(args.track, self.dir, done)
+        self.bar = tqdm(total=args.num_steps, initial=done, desc=self.name, dynamic_ncols=True, disable=RANK > 0)
         bars.append(self.bar)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
@@ -515,31 +685,39 @@ class Run:
 
         A new file takes the place of the old one when it is whole and on the disk, so there is always a good one.
         """
-        every = self.args.save_every
-        if not self.stopping and (every == 0 or step % every):
+        every, stopping = self.args.save_every, anywhere(self.stopping)
+        if not stopping and (every == 0 or step % every):
             return
-        state = {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()}}
-        state |= {"random": random_states(), "sizes": {name: file.tell() for name, file in self.files.items()}}
+        random = [random_states()]
+        if WORLD_SIZE > 1:
+            random = [None] * WORLD_SIZE
+            dist.all_gather_object(random, random_states())
+        state = {"step": step, "parts": {name: whole_state(part) for name, part in parts.items()}, "random": random}
         state |= {"last": self.last, "accuracies": self.accuracies, "seconds": time.perf_counter() - self.start_time}
-        self.checkpoint.parent.mkdir(exist_ok=True)
-        new = self.checkpoint.with_suffix(".new")
-        with new.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.checkpoint)
-        if self.stopping:
-            fail(f"stopped after step {step}; go on with: python {sys.argv[0]} --resume {self.dir}")
+        state |= {"sizes": {name: file.tell() for name, file in self.files.items()}}
+        if RANK == 0:
+            self.checkpoint.parent.mkdir(exist_ok=True)
+            new = self.checkpoint.with_suffix(".new")
+            with new.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, self.checkpoint)
+        if stopping:
+            start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {WORLD_SIZE}"
+            fail(f"stopped after step {step}; go on with: {start} {sys.argv[0]} --resume {self.dir}")
 
     def check_finite(self, step: int, stats: dict, batch: tuple) -> None:
         """Stop before an optimizer step that would ruin the weights, and keep the batch for a look."""
-        if bad := [name for name, value in stats.items() if not math.isfinite(value)]:
-            file = self.dir / "batch.pt"
+        if bad := [name for name, value in averages(stats).items() if not math.isfinite(value)]:
+            file = self.dir / ("batch.pt" if WORLD_SIZE == 1 else f"batch-{RANK}.pt")
             torch.save(batch, file)
             held = f"prompt_ids, prompt_mask, completion_ids, completion_mask are in {file}, for torch.load"
             fail(f"step {step}: {' and '.join(bad)} not finite; {held}; try a lower --learning-rate")
 
     def write(self, file: str, record: dict) -> None:
+        if RANK > 0:
+            return
         unwritable = (math.inf, -math.inf)  # and NaN, which JSON has not either
         record = {name: None if value != value or value in unwritable else value for name, value in record.items()}
         self.files[file].write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -547,7 +725,7 @@ class Run:
 
     def log(self, step: int, metrics: dict) -> None:
         """Append a line to metrics.jsonl and show the main figures in the bar."""
-        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics = averages(metrics)
         self.write("metrics", {"step": step, "time/total": time.perf_counter() - self.start_time, **metrics})
         self.track(step, metrics)
         if math.isnan(metrics.get("eval/accuracy", 0.0)):
@@ -581,18 +759,77 @@ class Run:
     def finish(self, model, tokenizer) -> dict[str, float]:
         """Save the model, print the closing line, return the last value of each metric."""
         self.bar.close()
-        whole, part = self.dir / "model", self.dir / "model.part"
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        os.replace(part, whole)
+        done, part, state = self.dir / "model", self.dir / "model.part", whole_state(model)
+        if RANK == 0:
+            model.save_pretrained(part, state_dict=state)
+            if self.args.merge_adapters:
+                from peft import PeftModel
+
+                path = bundled(self.args.model)
+                base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+                merged, part = PeftModel.from_pretrained(base, part).merge_and_unload(), self.dir / "model.merged"
+                merged.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            os.replace(part, done)
         for file in self.files.values():
             file.close()
         for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             signal.signal(number, handler)
         accuracy = " -> ".join(f"{self.accuracies[i]:.3f}" for i in (0, -1)) if self.accuracies else "not measured"
         seconds = time.perf_counter() - self.start_time
-        print(f"{self.name}: held-out accuracy {accuracy} in {seconds:.0f} s, model in {whole}")
+        print(f"{self.name}: held-out accuracy {accuracy} in {seconds:.0f} s, model in {done}")
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
         return self.last
+
+
+def averages(metrics: dict) -> dict[str, float]:
+    """The numbers, averaged over the processes."""
+    values = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in metrics.values()]
+    means = mean(torch.tensor([float(value) for value in values], dtype=torch.float64))
+    return dict(zip(metrics, means.tolist()))
+
+
+def whole_state(part) -> dict:
+    """state_dict(), of a model without what is frozen; sharded tensors gathered, which only the first process keeps."""
+    wholes = {}  # so that tied weights stay one
+
+    def gathered(value):
+        if isinstance(value, dict):
+            return {name: gathered(item) for name, item in value.items()}
+        if not hasattr(value, "full_tensor"):
+            return value.detach() if isinstance(value, torch.Tensor) else value
+        if id(value) not in wholes:
+            whole = value.detach().full_tensor()
+            wholes[id(value)] = whole.cpu() if RANK == 0 else None
+        return wholes[id(value)]
+
+    if not isinstance(part, torch.nn.Module):
+        return gathered(part.state_dict())
+    frozen = {name for name, p in part.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return gathered({name: v for name, v in part.state_dict(keep_vars=True).items() if name not in frozen})
+
+
+def set_whole_state(part, state: dict) -> None:
+    """load_state_dict() with what whole_state returned, of which sharded parts take their shards."""
+
+    def sharded(value, like):
+        if not hasattr(like, "full_tensor") or value.shape != like.shape:
+            return value
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+    if isinstance(part, torch.nn.Module):
+        own = part.state_dict()
+        part.load_state_dict(own | {name: sharded(value, own[name]) for name, value in state.items()})
+    else:
+        owners = [parameter for group in part.param_groups for parameter in group["params"]]
+        slots = {
+            index: {name: sharded(value, owners[index]) for name, value in slot.items()}
+            for index, slot in state["state"].items()
+        }
+        part.load_state_dict(state | {"state": slots})
 
 
 def random_states() -> dict:
@@ -606,5 +843,5 @@ def set_random_states(states: dict) -> None:
     random.setstate(states["python"])
     numpy.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if torch.accelerator.is_available():
+    if "device" in states and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state(states["device"])

@@ -34,6 +34,7 @@ A rubric file; where there are several, the rows name theirs in a column "catego
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,12 @@ class Args:
     """auto is CUDA, else MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of forward passes: auto is bfloat16 on CUDA, float32 elsewhere; parameters are always float32"""
+    lora_rank: int = 0
+    """of LoRA adapters, which are then all that is trained; 0 trains the whole model"""
+    merge_adapters: bool = False
+    """save the model with the adapters in its weights, not the adapters alone"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, more time"""
     eval_every: int = 10
     """steps between evaluations"""
     eval_prompts: int = 500
@@ -241,7 +248,8 @@ def hidden_states(trunk, prompt_ids, prompt_mask, completion_ids, completion_mas
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     P = prompt_ids.shape[1]
     linear = "linear_attention" in (getattr(trunk.config, "layer_types", None) or ())  # whose cache is written in place
-    if 2 * len(prompts) > len(prompt_ids) or linear or trunk.training:  # where gradient checkpointing has no cache
+    again = getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()  # it allows no cache
+    if common.anywhere(2 * len(prompts) > len(prompt_ids) or linear or again):
         input_ids = torch.cat([prompt_ids, completion_ids], 1)
         settings = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
         return trunk(input_ids=input_ids, **settings).last_hidden_state[:, P - 1 :]
@@ -263,10 +271,12 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     No logits are made of prompts or padding, and of other tokens no more than 2**24 at a time.
     """
     first, width = int(prompt_mask.argmax(1).min()), int(completion_mask.sum(1).max().clamp(min=1))
+    width = common.largest(width)  # so that all processes run the same passes
     prompt = prompt_ids[:, first:], prompt_mask[:, first:]  # without what is padding in every row
     hidden = hidden_states(model.base_model, *prompt, completion_ids[:, : width - 1], completion_mask[:, : width - 1])
     kept = completion_mask > 0  # [B, T]
-    hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]: the state at t predicts token t + 1
+    hidden = hidden[:, : kept.shape[1]][kept[:, :width]]  # [n, H]
+    targets = completion_ids[kept]  # [n]: the state at t predicts token t + 1
 
     def score(hidden, targets):  # [n]; in float32, as bfloat16 is noisy: huggingface/transformers#31267
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
@@ -364,9 +374,9 @@ def score_rubrics(rubrics, rows, texts, ask, *, samples_per_prompt, confidence_s
     rewards, components, item_confidences = torch.full((len(rows),), float("nan")), {}, {}
     for category, items in rubrics.items():
         members = [i for i, row in enumerate(rows) if len(rubrics) == 1 or row["category"] == category]
-        if not members:
-            continue
-        scores, confidences = score_items(items, [rows[i] for i in members], [texts[i] for i in members], ask)  # [b, K]
+        scores, confidences = torch.zeros(2, 0, len(items))
+        if members:  # [b, K]
+            scores, confidences = score_items(items, [rows[i] for i in members], [texts[i] for i in members], ask)
         weights = torch.tensor([float(item["weight"]) for item in items])
         scope = {"samples_per_prompt": samples_per_prompt, "confidence_scope": confidence_scope}
         rewards[members] = rubric_rewards(scores, confidences, weights, **scope)
@@ -382,10 +392,13 @@ def rubric_rewards(scores, confidences, weights, *, samples_per_prompt, confiden
     NaN where no item could be scored; 0 where those that could have no confidence.
     """
     scored = ~scores.isnan()  # [B, K]
-    size = samples_per_prompt if confidence_scope == "group" else len(scores)
-    total = (confidences.float().nan_to_num() * scored).view(-1, size, len(weights)).sum(1)  # [B / size, K]
-    mean = total / scored.view(-1, size, len(weights)).sum(1).clamp(min=1)
-    c = torch.ones_like(scores) if confidence_scope == "none" else mean.repeat_interleave(size, 0)  # [B, K]
+    known, c = confidences.float().nan_to_num() * scored, torch.ones_like(scores)  # [B, K]
+    if confidence_scope == "group":
+        groups = (len(scores) // samples_per_prompt, samples_per_prompt, len(weights))
+        known, count = (x.view(groups).sum(1) for x in (known, scored))  # [N, K]
+        c = (known / count.clamp(min=1)).repeat_interleave(samples_per_prompt, 0)
+    if confidence_scope == "batch":
+        c = common.mean(known.sum(0)) / common.mean(scored.sum(0)).clamp(min=1e-3)  # [K]
     shares = weights * c * scored
     shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-12)  # so the share of a lone item is exactly 1
     return (shares * scores.float().nan_to_num()).sum(1).where(scored.any(1), float("nan"))
@@ -449,13 +462,13 @@ def policy_loss(
 
 def loss_normalizer(completion_mask, loss_type, max_new_tokens):
     """What an optimizer batch's loss is divided by: its completions, its tokens, or the tokens it had room for."""
-    completions, tokens = completion_mask.any(1).sum().clamp(min=1), completion_mask.sum().clamp(min=1)
+    completions, tokens = completion_mask.any(1).sum(), completion_mask.sum()
     return {"dapo": tokens, "cispo": tokens, "dr_grpo": completions * max_new_tokens}.get(loss_type, completions)
 
 
 def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_size):
     """Mean of the first reward over greedy completions of held-out prompts: the accuracy, where that is 0 or 1."""
-    scores = []
+    scores, rows = [], common.share(rows)
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         prompt_ids, prompt_mask = pad(
@@ -470,13 +483,13 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
         if start == 0:
             prompts = decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
             run.log_samples(step, "eval", prompts, texts, components)
-    return torch.cat(scores).nanmean().item()
+    return common.nanmean(torch.cat(scores)).item()
 
 
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
     args = common.check_args(args)
-    if args.prompts_per_step * args.samples_per_prompt % args.num_minibatches:
+    if args.prompts_per_step // common.WORLD_SIZE * args.samples_per_prompt % args.num_minibatches:
         raise SystemExit("--num-minibatches: the completions of a step do not divide into so many equal parts")
     if args.samples_per_prompt < 2:
         raise SystemExit("--samples-per-prompt: a completion is compared with others of its prompt, so give 2 or more")
@@ -492,20 +505,21 @@ def main(args: Args) -> dict[str, float]:
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
     device, autocast = pick_device(args.device, args.dtype)
-    model, tokenizer = common.load_model(args.model, device)
+    trained = {"lora_rank": args.lora_rank, "gradient_checkpointing": args.gradient_checkpointing}
+    model, tokenizer = common.load_model(args.model, device, **trained)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
-    ref_model = common.load_model(args.model, device)[0] if args.beta else None
+    ref_model = common.load_reference(args, model, device) if args.beta else None
     stop_ids = model.generation_config.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     critic, critic_tokenizer = ref_model, tokenizer
     if asks and (args.critic_model or ref_model is None):
-        critic, critic_tokenizer = common.load_model(args.critic_model or args.model, device, "--critic-model")
+        critic, critic_tokenizer = common.load_model(args.critic_model or args.model, device, named_by="--critic-model")
     ask = partial(ask_critic, critic, critic_tokenizer, batch_size=args.micro_batch_size)
     rubric_settings = {"samples_per_prompt": args.samples_per_prompt, "confidence_scope": args.confidence_scope}
     for number, row in enumerate(train_rows, 1):
         if len(rubrics) > 1 and row.get("category") not in rubrics:
             raise SystemExit(f'--data {args.data}, row {number}: "category" is none of {", ".join(rubrics)}')
-    G, B = args.samples_per_prompt, args.prompts_per_step * args.samples_per_prompt
+    G, B = args.samples_per_prompt, args.prompts_per_step // common.WORLD_SIZE * args.samples_per_prompt
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
     loss_settings = {"loss_type": args.loss_type, "clip_low": args.clip_low, "clip_high": args.clip_high}
@@ -514,15 +528,15 @@ def main(args: Args) -> dict[str, float]:
     parts = {"model": model, "optimizer": optimizer}  # what a checkpoint holds
     steps_done = run.start(parts)
     if steps_done == 0:
-        with autocast:
+        with autocast, common.whole(model):
             accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
         run.log(0, {"eval/accuracy": accuracy})
     for step in range(steps_done + 1, args.num_steps + 1):
         # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
         start = time.perf_counter()
-        rows = take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed)
+        rows = common.share(take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed))
         prompt_ids, prompt_mask = pad([common.prompt_tokens(tokenizer, row["prompt"]) for row in rows], "left", device)
-        with autocast:
+        with autocast, common.whole(model):
             completion_ids, completion_mask, sampled_logprobs = rollout(model, prompt_ids, prompt_mask, **sampling)
         rows = [row for row in rows for _ in range(G)]
         prompt_ids, prompt_mask = prompt_ids.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # [B, P]
@@ -533,7 +547,7 @@ def main(args: Args) -> dict[str, float]:
 
         # 2. score
         texts = decode(tokenizer, completion_ids, completion_mask)
-        with autocast:
+        with autocast, common.whole(critic) if asks else nullcontext():
             rewards, components, confidences = score_rubrics(rubrics, rows, texts, ask, **rubric_settings)
         rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
         completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update, though its length is logged
@@ -564,8 +578,10 @@ def main(args: Args) -> dict[str, float]:
         longest = lengths.view(-1, G).amax(1)  # [N]; micro-batches keep a prompt's rows together, with little padding
         rank = longest.argsort(stable=True).argsort().repeat_interleave(G)  # [B]
         for minibatch in minibatches:
-            tokens = completion_mask[minibatch].sum().clamp(min=1)
+            # the mean over the processes, as gradients are: so each token weighs the same, wherever it is
+            tokens = common.mean(completion_mask[minibatch].sum()).clamp(min=1e-3)
             normalizer = loss_normalizer(completion_mask[minibatch], args.loss_type, args.max_new_tokens)
+            normalizer = common.mean(normalizer).clamp(min=1e-3)
             by_prompt = minibatch[rank[minibatch].argsort(stable=True)]
             for micro in by_prompt.split(args.micro_batch_size):
                 mask = completion_mask[micro]
@@ -588,25 +604,25 @@ def main(args: Args) -> dict[str, float]:
 
         # 5. log
         seconds = time.perf_counter() - start
-        groups = rewards.view(-1, G)
+        groups, sampled_tokens = rewards.view(-1, G), common.mean(completion_mask.sum())
         metrics = stats | {
-            "reward/mean": rewards.nanmean(),
-            **{f"reward/{name}": values.nanmean() for name, values in components.items()},
-            **{f"confidence/{name}": values.nanmean() for name, values in confidences.items()},
-            "policy/entropy": -(sampled_logprobs * completion_mask).sum() / completion_mask.sum(),  # as sampled
+            "reward/mean": common.nanmean(rewards),
+            **{f"reward/{name}": common.nanmean(values) for name, values in components.items()},
+            **{f"confidence/{name}": common.nanmean(values) for name, values in confidences.items()},
+            "policy/entropy": -(sampled_logprobs * completion_mask).sum() / sampled_tokens,  # as sampled
             "completion/length": lengths.mean(),
             "completion/truncated": truncated.float().mean(),
             "group/zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
             "time/rollout": rollout_seconds,
             "time/update": seconds - rollout_seconds,
-            "tokens_per_second": lengths.sum() / seconds,
+            "tokens_per_second": common.WORLD_SIZE * lengths.sum() / seconds,
         }
         if args.beta:
-            metrics["kl/ref"] = kl.sum() / completion_mask.sum()
+            metrics["kl/ref"] = kl.sum() / sampled_tokens
         prompts = decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
         run.log_samples(step, "train", prompts, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
-            with autocast:
+            with autocast, common.whole(model):
                 metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
         run.log(step, metrics)
         run.save(step, parts)

@@ -66,6 +66,12 @@ class Args:
     """auto is CUDA, else MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of forward passes: auto is bfloat16 on CUDA, float32 elsewhere; parameters are always float32"""
+    lora_rank: int = 0
+    """of LoRA adapters, which are then all that is trained; 0 trains the whole model"""
+    merge_adapters: bool = False
+    """save the model with the adapters in its weights, not the adapters alone"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, more time"""
     eval_every: int = 10
     """steps between evaluations"""
     eval_prompts: int = 500
@@ -194,7 +200,8 @@ def hidden_states(trunk, prompt_ids, prompt_mask, completion_ids, completion_mas
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     P = prompt_ids.shape[1]
     linear = "linear_attention" in (getattr(trunk.config, "layer_types", None) or ())  # whose cache is written in place
-    if 2 * len(prompts) > len(prompt_ids) or linear or trunk.training:  # where gradient checkpointing has no cache
+    again = getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()  # it allows no cache
+    if common.anywhere(2 * len(prompts) > len(prompt_ids) or linear or again):
         input_ids = torch.cat([prompt_ids, completion_ids], 1)
         settings = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
         return trunk(input_ids=input_ids, **settings).last_hidden_state[:, P - 1 :]
@@ -216,10 +223,12 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     No logits are made of prompts or padding, and of other tokens no more than 2**24 at a time.
     """
     first, width = int(prompt_mask.argmax(1).min()), int(completion_mask.sum(1).max().clamp(min=1))
+    width = common.largest(width)  # so that all processes run the same passes
     prompt = prompt_ids[:, first:], prompt_mask[:, first:]  # without what is padding in every row
     hidden = hidden_states(model.base_model, *prompt, completion_ids[:, : width - 1], completion_mask[:, : width - 1])
     kept = completion_mask > 0  # [B, T]
-    hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]: the state at t predicts token t + 1
+    hidden = hidden[:, : kept.shape[1]][kept[:, :width]]  # [n, H]
+    targets = completion_ids[kept]  # [n]: the state at t predicts token t + 1
 
     def score(hidden, targets):  # [n]; in float32, as bfloat16 is noisy: huggingface/transformers#31267
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
@@ -255,7 +264,7 @@ def policy_loss(logprobs, advantages, completion_mask, *, normalizer):
 
 def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_size):
     """Mean of the first reward over greedy completions of held-out prompts: the accuracy, where that is 0 or 1."""
-    scores = []
+    scores, rows = [], common.share(rows)
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         prompt_ids, prompt_mask = pad(
@@ -270,7 +279,7 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
         if start == 0:
             prompts = decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
             run.log_samples(step, "eval", prompts, texts, components)
-    return torch.cat(scores).nanmean().item()
+    return common.nanmean(torch.cat(scores)).item()
 
 
 def main(args: Args) -> dict[str, float]:
@@ -283,27 +292,28 @@ def main(args: Args) -> dict[str, float]:
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
     device, autocast = pick_device(args.device, args.dtype)
-    model, tokenizer = common.load_model(args.model, device)
+    trained = {"lora_rank": args.lora_rank, "gradient_checkpointing": args.gradient_checkpointing}
+    model, tokenizer = common.load_model(args.model, device, **trained)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
-    ref_model = common.load_model(args.model, device)[0] if args.beta else None
+    ref_model = common.load_reference(args, model, device) if args.beta else None
     stop_ids = model.generation_config.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    G, B = args.samples_per_prompt, args.prompts_per_step * args.samples_per_prompt
+    G, B = args.samples_per_prompt, args.prompts_per_step // common.WORLD_SIZE * args.samples_per_prompt
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
 
     parts = {"model": model, "optimizer": optimizer}  # what a checkpoint holds
     steps_done = run.start(parts)
     if steps_done == 0:
-        with autocast:
+        with autocast, common.whole(model):
             accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
         run.log(0, {"eval/accuracy": accuracy})
     for step in range(steps_done + 1, args.num_steps + 1):
         # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
         start = time.perf_counter()
-        rows = take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed)
+        rows = common.share(take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed))
         prompt_ids, prompt_mask = pad([common.prompt_tokens(tokenizer, row["prompt"]) for row in rows], "left", device)
-        with autocast:
+        with autocast, common.whole(model):
             completion_ids, completion_mask, sampled_logprobs = rollout(model, prompt_ids, prompt_mask, **sampling)
         rows = [row for row in rows for _ in range(G)]
         prompt_ids, prompt_mask = prompt_ids.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # [B, P]
@@ -337,7 +347,8 @@ def main(args: Args) -> dict[str, float]:
         longest = lengths.view(-1, G).amax(1)  # [N]; micro-batches keep a prompt's rows together, with little padding
         rank = longest.argsort(stable=True).argsort().repeat_interleave(G)  # [B]
         minibatch = torch.arange(B, device=device)
-        normalizer = (~rewards.isnan()).sum().clamp(min=1)
+        # the mean over the processes, as gradients are: so each completion weighs the same, wherever it is
+        normalizer = common.mean((~rewards.isnan()).sum()).clamp(min=1e-3)
         by_prompt = minibatch[rank[minibatch].argsort(stable=True)]
         for micro in by_prompt.split(args.micro_batch_size):
             mask = completion_mask[micro]
@@ -353,24 +364,24 @@ def main(args: Args) -> dict[str, float]:
 
         # 5. log
         seconds = time.perf_counter() - start
-        groups = rewards.view(-1, G)
+        groups, sampled_tokens = rewards.view(-1, G), common.mean(completion_mask.sum())
         metrics = stats | {
-            "reward/mean": rewards.nanmean(),
-            **{f"reward/{name}": values.nanmean() for name, values in components.items()},
-            "policy/entropy": -(sampled_logprobs * completion_mask).sum() / completion_mask.sum(),  # as sampled
+            "reward/mean": common.nanmean(rewards),
+            **{f"reward/{name}": common.nanmean(values) for name, values in components.items()},
+            "policy/entropy": -(sampled_logprobs * completion_mask).sum() / sampled_tokens,  # as sampled
             "completion/length": lengths.mean(),
             "completion/truncated": truncated.float().mean(),
             "group/zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
             "time/rollout": rollout_seconds,
             "time/update": seconds - rollout_seconds,
-            "tokens_per_second": lengths.sum() / seconds,
+            "tokens_per_second": common.WORLD_SIZE * lengths.sum() / seconds,
         }
         if args.beta:
-            metrics["kl/ref"] = kl.sum() / completion_mask.sum()
+            metrics["kl/ref"] = kl.sum() / sampled_tokens
         prompts = decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
         run.log_samples(step, "train", prompts, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
-            with autocast:
+            with autocast, common.whole(model):
                 metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
         run.log(step, metrics)
         run.save(step, parts)

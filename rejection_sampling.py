@@ -66,6 +66,12 @@ class Args:
     """auto is CUDA, else MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of forward passes: auto is bfloat16 on CUDA, float32 elsewhere; parameters are always float32"""
+    lora_rank: int = 0
+    """of LoRA adapters, which are then all that is trained; 0 trains the whole model"""
+    merge_adapters: bool = False
+    """save the model with the adapters in its weights, not the adapters alone"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, more time"""
     eval_every: int = 10
     """steps between evaluations"""
     eval_prompts: int = 500
@@ -198,7 +204,8 @@ def hidden_states(trunk, prompt_ids, prompt_mask, completion_ids, completion_mas
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     P = prompt_ids.shape[1]
     linear = "linear_attention" in (getattr(trunk.config, "layer_types", None) or ())  # whose cache is written in place
-    if 2 * len(prompts) > len(prompt_ids) or linear or trunk.training:  # where gradient checkpointing has no cache
+    again = getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()  # it allows no cache
+    if common.anywhere(2 * len(prompts) > len(prompt_ids) or linear or again):
         input_ids = torch.cat([prompt_ids, completion_ids], 1)
         settings = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
         return trunk(input_ids=input_ids, **settings).last_hidden_state[:, P - 1 :]
@@ -220,10 +227,12 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     No logits are made of prompts or padding, and of other tokens no more than 2**24 at a time.
     """
     first, width = int(prompt_mask.argmax(1).min()), int(completion_mask.sum(1).max().clamp(min=1))
+    width = common.largest(width)  # so that all processes run the same passes
     prompt = prompt_ids[:, first:], prompt_mask[:, first:]  # without what is padding in every row
     hidden = hidden_states(model.base_model, *prompt, completion_ids[:, : width - 1], completion_mask[:, : width - 1])
     kept = completion_mask > 0  # [B, T]
-    hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]: the state at t predicts token t + 1
+    hidden = hidden[:, : kept.shape[1]][kept[:, :width]]  # [n, H]
+    targets = completion_ids[kept]  # [n]: the state at t predicts token t + 1
 
     def score(hidden, targets):  # [n]; in float32, as bfloat16 is noisy: huggingface/transformers#31267
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
@@ -267,7 +276,7 @@ def sft_loss(logprobs, completion_mask, *, normalizer):
 
 def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_size):
     """Mean of the first reward over greedy completions of held-out prompts: the accuracy, where that is 0 or 1."""
-    scores = []
+    scores, rows = [], common.share(rows)
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         prompt_ids, prompt_mask = pad(
@@ -282,7 +291,7 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
         if start == 0:
             prompts = decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
             run.log_samples(step, "eval", prompts, texts, components)
-    return torch.cat(scores).nanmean().item()
+    return common.nanmean(torch.cat(scores)).item()
 
 
 def main(args: Args) -> dict[str, float]:
@@ -293,26 +302,27 @@ def main(args: Args) -> dict[str, float]:
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
     device, autocast = pick_device(args.device, args.dtype)
-    model, tokenizer = common.load_model(args.model, device)
+    trained = {"lora_rank": args.lora_rank, "gradient_checkpointing": args.gradient_checkpointing}
+    model, tokenizer = common.load_model(args.model, device, **trained)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     stop_ids = model.generation_config.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    G, B = args.samples_per_prompt, args.prompts_per_step * args.samples_per_prompt
+    G, B = args.samples_per_prompt, args.prompts_per_step // common.WORLD_SIZE * args.samples_per_prompt
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
 
     parts = {"model": model, "optimizer": optimizer}  # what a checkpoint holds
     steps_done = run.start(parts)
     if steps_done == 0:
-        with autocast:
+        with autocast, common.whole(model):
             accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
         run.log(0, {"eval/accuracy": accuracy})
     for step in range(steps_done + 1, args.num_steps + 1):
         # 1. sample G completions of each prompt: B sequences of P prompt and T completion tokens
         start = time.perf_counter()
-        rows = take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed)
+        rows = common.share(take_batch(train_rows, step=step, size=args.prompts_per_step, seed=args.seed))
         prompt_ids, prompt_mask = pad([common.prompt_tokens(tokenizer, row["prompt"]) for row in rows], "left", device)
-        with autocast:
+        with autocast, common.whole(model):
             completion_ids, completion_mask, sampled_logprobs = rollout(model, prompt_ids, prompt_mask, **sampling)
         rows = [row for row in rows for _ in range(G)]
         prompt_ids, prompt_mask = prompt_ids.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0)  # [B, P]
@@ -332,7 +342,9 @@ def main(args: Args) -> dict[str, float]:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         how = {"strategy": args.strategy, "threshold": args.threshold, "generator": generator}
         kept = select(rewards.cpu(), texts, samples_per_prompt=G, **how)
-        passes = [kept[torch.randperm(len(kept))].to(device) for _ in range(args.num_epochs)]
+        # -1 is a row of no weight, for processes that kept less than another: all of them run the same passes
+        filled = torch.cat([kept, kept.new_full((common.largest(len(kept)) - len(kept),), -1)])
+        passes = [filled[torch.randperm(len(filled))].to(device) for _ in range(args.num_epochs)]
         minibatches = [minibatch for order in passes for minibatch in order.chunk(args.num_minibatches) if len(order)]
 
         # 4. update: one optimizer step on each minibatch
@@ -340,10 +352,11 @@ def main(args: Args) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         stats = {"loss/sft": 0.0, "grad_norm": 0.0}
         for minibatch in minibatches:
-            normalizer = completion_mask[minibatch].sum()
+            # the mean over the processes, as gradients are: so each token weighs the same, wherever it is
+            normalizer = common.mean((completion_mask[minibatch] * (minibatch >= 0)[:, None]).sum())
             by_length = minibatch[lengths[minibatch].argsort(stable=True)]  # micro-batches then hold little padding
             for micro in by_length.split(args.micro_batch_size):
-                mask = completion_mask[micro]
+                mask = completion_mask[micro] * (micro >= 0)[:, None]
                 with autocast:
                     logprobs = token_logprobs(model, *(x[micro] for x in batch), temperature=args.temperature)  # [b, T]
                 loss = sft_loss(logprobs, mask, normalizer=normalizer)
@@ -357,25 +370,25 @@ def main(args: Args) -> dict[str, float]:
 
         # 5. log
         seconds = time.perf_counter() - start
-        groups = rewards.view(-1, G)
+        groups, sampled_tokens = rewards.view(-1, G), common.mean(completion_mask.sum())
         metrics = stats | {
-            "reward/mean": rewards.nanmean(),
-            **{f"reward/{name}": values.nanmean() for name, values in components.items()},
+            "reward/mean": common.nanmean(rewards),
+            **{f"reward/{name}": common.nanmean(values) for name, values in components.items()},
             "select/kept": len(kept) / B,
-            "select/prompts": len(set((kept // G).tolist())) / args.prompts_per_step,
-            "select/reward": rewards[kept].mean(),
-            "policy/entropy": -(sampled_logprobs * completion_mask).sum() / completion_mask.sum(),  # as sampled
+            "select/prompts": len(set((kept // G).tolist())) / (B // G),
+            "select/reward": common.nanmean(rewards[kept]),
+            "policy/entropy": -(sampled_logprobs * completion_mask).sum() / sampled_tokens,  # as sampled
             "completion/length": lengths.mean(),
             "completion/truncated": truncated.float().mean(),
             "group/zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
             "time/rollout": rollout_seconds,
             "time/update": seconds - rollout_seconds,
-            "tokens_per_second": lengths.sum() / seconds,
+            "tokens_per_second": common.WORLD_SIZE * lengths.sum() / seconds,
         }
         prompts = decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
         run.log_samples(step, "train", prompts, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
-            with autocast:
+            with autocast, common.whole(model):
                 metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
         run.log(step, metrics)
         run.save(step, parts)

@@ -57,6 +57,12 @@ class Args:
     """auto is CUDA, else MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of forward passes: auto is bfloat16 on CUDA, float32 elsewhere; parameters are always float32"""
+    lora_rank: int = 0
+    """of LoRA adapters, which are then all that is trained; 0 trains the whole model"""
+    merge_adapters: bool = False
+    """save the model with the adapters in its weights, not the adapters alone"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, more time"""
     eval_every: int = 10
     """steps between evaluations"""
     eval_prompts: int = 500
@@ -183,7 +189,8 @@ def hidden_states(trunk, prompt_ids, prompt_mask, completion_ids, completion_mas
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     P = prompt_ids.shape[1]
     linear = "linear_attention" in (getattr(trunk.config, "layer_types", None) or ())  # whose cache is written in place
-    if 2 * len(prompts) > len(prompt_ids) or linear or trunk.training:  # where gradient checkpointing has no cache
+    again = getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()  # it allows no cache
+    if common.anywhere(2 * len(prompts) > len(prompt_ids) or linear or again):
         input_ids = torch.cat([prompt_ids, completion_ids], 1)
         settings = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
         return trunk(input_ids=input_ids, **settings).last_hidden_state[:, P - 1 :]
@@ -205,10 +212,12 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     No logits are made of prompts or padding, and of other tokens no more than 2**24 at a time.
     """
     first, width = int(prompt_mask.argmax(1).min()), int(completion_mask.sum(1).max().clamp(min=1))
+    width = common.largest(width)  # so that all processes run the same passes
     prompt = prompt_ids[:, first:], prompt_mask[:, first:]  # without what is padding in every row
     hidden = hidden_states(model.base_model, *prompt, completion_ids[:, : width - 1], completion_mask[:, : width - 1])
     kept = completion_mask > 0  # [B, T]
-    hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]: the state at t predicts token t + 1
+    hidden = hidden[:, : kept.shape[1]][kept[:, :width]]  # [n, H]
+    targets = completion_ids[kept]  # [n]: the state at t predicts token t + 1
 
     def score(hidden, targets):  # [n]; in float32, as bfloat16 is noisy: huggingface/transformers#31267
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
@@ -237,7 +246,7 @@ def sft_loss(logprobs, completion_mask, *, normalizer):
 
 def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_size):
     """Mean of the first reward over greedy completions of held-out prompts: the accuracy, where that is 0 or 1."""
-    scores = []
+    scores, rows = [], common.share(rows)
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         prompt_ids, prompt_mask = pad(
@@ -252,7 +261,7 @@ def evaluate(run, step, model, tokenizer, rows, score, *, max_new_tokens, batch_
         if start == 0:
             prompts = decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
             run.log_samples(step, "eval", prompts, texts, components)
-    return torch.cat(scores).nanmean().item()
+    return common.nanmean(torch.cat(scores)).item()
 
 
 def main(args: Args) -> dict[str, float]:
@@ -263,7 +272,8 @@ def main(args: Args) -> dict[str, float]:
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
     device, autocast = pick_device(args.device, args.dtype)
-    model, tokenizer = common.load_model(args.model, device)
+    trained = {"lora_rank": args.lora_rank, "gradient_checkpointing": args.gradient_checkpointing}
+    model, tokenizer = common.load_model(args.model, device, **trained)
     common.check_prompts(model, tokenizer, eval_rows, args.max_new_tokens)
     stop_ids = model.generation_config.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
@@ -278,19 +288,19 @@ def main(args: Args) -> dict[str, float]:
         print(f"dropped {dropped} that are longer than {max_length} tokens, prompt included")
     if not examples:
         raise SystemExit(f"--max-length {args.max_length}: every row is longer")
-    B = args.prompts_per_step
+    B = args.prompts_per_step // common.WORLD_SIZE
     greedy = {"max_new_tokens": args.max_new_tokens, "batch_size": B}
 
     parts = {"model": model, "optimizer": optimizer}  # what a checkpoint holds
     steps_done = run.start(parts)
     if steps_done == 0:
-        with autocast:
+        with autocast, common.whole(model):
             accuracy = evaluate(run, 0, model, tokenizer, eval_rows, score, **greedy)
         run.log(0, {"eval/accuracy": accuracy})
     for step in range(steps_done + 1, args.num_steps + 1):
         # 1. demonstrations: B rows of P prompt and T completion tokens
         start = time.perf_counter()
-        rows = take_batch(examples, step=step, size=args.prompts_per_step, seed=args.seed)
+        rows = common.share(take_batch(examples, step=step, size=args.prompts_per_step, seed=args.seed))
         batch = collate(rows, device)
         completion_mask = batch[-1]  # [B, T]
         lengths = completion_mask.sum(1)  # [B]
@@ -300,7 +310,8 @@ def main(args: Args) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         stats = {"loss/sft": 0.0, "grad_norm": 0.0}
         minibatch = lengths.argsort(stable=True)  # micro-batches then hold little padding
-        normalizer = completion_mask[minibatch].sum()
+        # the mean over the processes, as gradients are: so each token weighs the same, wherever it is
+        normalizer = common.mean(completion_mask[minibatch].sum())
         for micro in minibatch.split(args.micro_batch_size):
             mask = completion_mask[micro]
             with autocast:
@@ -318,10 +329,10 @@ def main(args: Args) -> dict[str, float]:
         metrics = stats | {
             "completion/length": lengths.mean(),
             "time/update": seconds,
-            "tokens_per_second": lengths.sum() / seconds,
+            "tokens_per_second": common.WORLD_SIZE * lengths.sum() / seconds,
         }
         if step % args.eval_every == 0 or step == args.num_steps:
-            with autocast:
+            with autocast, common.whole(model):
                 metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, **greedy)
         run.log(step, metrics)
         run.save(step, parts)
