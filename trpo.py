@@ -306,9 +306,10 @@ def fisher_vector_product(factors, parameters, vector, *, damping=0.0):
     """
     product = torch.zeros_like(vector)
     for log_softmax, probe, gradient, weight in factors:
-        (jvp,) = torch.autograd.grad(gradient @ vector, probe, retain_graph=True)  # J v [b, T, V]
-        jvp = log_softmax.detach().exp() * jvp * weight[..., None]
-        product = product + flatten(torch.autograd.grad(log_softmax, parameters, jvp, retain_graph=True))
+        with sdpa_kernel(SDPBackend.MATH):  # gradient checkpointing computes attention once more
+            (jvp,) = torch.autograd.grad(gradient @ vector, probe, retain_graph=True)  # J v [b, T, V]
+            jvp = log_softmax.detach().exp() * jvp * weight[..., None]
+            product = product + flatten(torch.autograd.grad(log_softmax, parameters, jvp, retain_graph=True))
     return common.mean(product) + damping * vector
 
 

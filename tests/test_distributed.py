@@ -5,11 +5,14 @@ Two processes run under torchrun with gloo, on sharded models; worker.py has the
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 
 import common
+import grpo
 
 import pytest
 import torch
@@ -151,3 +154,102 @@ def test_two_processes_update_as_one_does(both, name):
     assert_same(together, alone)
     assert figures(alone)[-1].get("grad_norm", 1.0) > 0
     assert (together / "samples.jsonl").read_text() != ""
+
+
+RESUMED = {"num_steps": 4, "save_every": 2, "eval_every": 2}
+
+
+@pytest.fixture(scope="module")
+def stopped(place):
+    """Of two scripts, a run by one process, and runs by one and by two that were killed in their fourth step.
+
+    Of two processes one is killed, in the middle of an update, so that the other one waits for it.
+    """
+    jobs = {"ppo": {"beta": 0.1, "num_minibatches": 1}, "grpo-lora": {}}
+    done = work(place, [job(place, name, place / "whole" / name, **RESUMED, **own) for name, own in jobs.items()], 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for processes in (1, 2):
+        for name, own in jobs.items():
+            killed = job(place, name, place / "killed" / str(processes) / name, **RESUMED, **own)
+            start = time.monotonic()
+            done = work(place, [killed | {"die": [processes - 1, 4]}], processes)
+            assert done.returncode != 0 and time.monotonic() - start < 60
+            if processes == 2:
+                assert "Signal 9 (SIGKILL)" in done.stderr
+    return place
+
+
+@pytest.mark.parametrize("before, after", [(2, 2), (2, 1), (1, 2)])
+def test_a_killed_run_goes_on_with_as_many_processes_or_others(stopped, before, after):
+    """It was killed in step 4, after step 2 was saved, and ends as if it never had been, or been another's."""
+    folder = stopped / f"{before}-{after}"
+    shutil.copytree(stopped / "killed" / str(before), folder)
+    names = ("ppo", "grpo-lora")
+    for name in names:
+        assert [row["step"] for row in read_jsonl(folder / name / "metrics.jsonl")][-1] == 3
+    resumed = [{"script": name[:4].rstrip("-"), "args": {"resume": str(folder / name)}} for name in names]
+    done = work(stopped, resumed, after)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        assert_same(folder / name, stopped / "whole" / name)
+        sampled = [row["step"] for row in read_jsonl(folder / name / "samples.jsonl")]
+        assert sampled == sorted(sampled) and sampled.count(3) == 4  # a prompt's, and once only
+
+
+def test_the_readmes_command_writes_and_says_everything_once(tmp_path):
+    """A whole script, as a user starts it; a step's samples differ from process to process."""
+    command = [*TORCHRUN, "grpo.py", "--output-dir", tmp_path / "run", "--num-steps", "3", "--eval-prompts", "41"]
+    done = launch([*command, "--eval-every", "3"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if "held-out accuracy" in line]
+    assert len(lines) == 1 and lines[0].endswith(f"model in {tmp_path / 'run' / 'model'}")
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
+    files = {"args.json", "metrics.jsonl", "samples.jsonl", "model"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == files
+    accuracy = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["eval/accuracy"] * 41
+    assert accuracy == pytest.approx(round(accuracy), abs=1e-6)  # a mean over all 41, not of two halves' means
+
+
+def test_a_mistake_on_one_process_ends_all(tmp_path):
+    (tmp_path / "bad.py").write_text(
+        "import os\n"
+        "calls = []\n"
+        "def bad(prompts, completions, **columns):\n"
+        "    calls.append(1)\n"
+        "    assert os.environ['RANK'] == '0' or len(calls) < 3, 'the dog ate it'\n"
+        "    return [float(len(calls)) for _ in prompts]\n"
+    )
+    start = time.monotonic()
+    command = [*TORCHRUN, "reinforce.py", "--output-dir", tmp_path / "run", "--eval-prompts", "8", "--num-steps", "9"]
+    done = launch([*command, "--reward", f"{tmp_path / 'bad.py'}:bad"])
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert "reward bad: raised AssertionError('the dog ate it')" in done.stderr
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_ctrl_c_on_one_process_saves_on_all(tmp_path):
+    """Torchrun passes the signal on, to each process at another moment: they agree on the step to stop after."""
+    command = [*TORCHRUN, "sft.py", "--output-dir", tmp_path / "run", "--eval-prompts", "8", "--num-steps", "2000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=environment
+    ) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        for _ in range(600):
+            if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    steps = [row["step"] for row in read_jsonl(metrics)]
+    told = f"stopped after step {steps[-1]}; go on with: torchrun --nproc-per-node 2 sft.py --resume {tmp_path / 'run'}"
+    assert process.returncode != 0 and told in errors
+    assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["step"] == steps[-1] < 2000
+
+
+def test_prompts_that_do_not_divide_among_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(common, "WORLD_SIZE", 3)
+    with pytest.raises(SystemExit, match="--prompts-per-step: 16 do not divide among 3 processes"):
+        common.check_args(grpo.Args())
+    with pytest.raises(SystemExit, match="--eval-prompts: 2 for 3 processes"):
+        common.check_args(grpo.Args(prompts_per_step=9, eval_prompts=2))

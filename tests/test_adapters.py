@@ -1,0 +1,174 @@
+"""LoRA and gradient checkpointing: what they change, and what they must not."""
+
+import sys
+
+import common
+import dpo
+import grape
+import grpo
+import ppo
+import reinforce
+import sft
+import trpo
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_scripts import SCRIPTS, read_jsonl
+from transformers import AutoModelForCausalLM
+
+CPU = torch.device("cpu")
+SMALL = {"prompts_per_step": 4, "eval_prompts": 4, "eval_every": 2, "num_steps": 2, "save_every": 2}
+
+
+def logits(model, tokenizer):
+    with torch.no_grad():
+        return model(**tokenizer("What is 37 + 48? 85", return_tensors="pt")).logits
+
+
+def train(module, folder, **settings):
+    """A run's folder; the learning rate is high, so that two steps change the model."""
+    high = {"prompts_per_step": 16} if module is trpo else {"learning_rate": 1e-2}
+    module.main(module.Args(**SMALL | high | settings, output_dir=str(folder)))
+    return folder
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_lora_trains_adapters_only_and_saves_them_as_peft_does(script, tmp_path, monkeypatch):
+    """Peft itself loads them, onto the untouched base model, and gets the trained model's logits."""
+    models = []
+    load_model = common.load_model
+    monkeypatch.setattr(common, "load_model", lambda *a, **k: models.append(load_model(*a, **k)) or models[-1])
+    folder = train(SCRIPTS[script], tmp_path / "run", lora_rank=4)
+    (trained, tokenizer), base = models[0], load_model("models/arithmetic", CPU)[0]
+    own = dict(base.named_parameters())
+    for name, parameter in trained.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, own[name.replace(".base_layer", "")]) and parameter.grad is None
+    loaded = peft.PeftModel.from_pretrained(base, folder / "model")
+    assert torch.equal(logits(loaded, tokenizer), logits(trained, tokenizer))
+    assert not torch.equal(logits(loaded, tokenizer), logits(load_model("models/arithmetic", CPU)[0], tokenizer))
+    assert all("lora_" in name for name in load_file(folder / "model" / "adapter_model.safetensors"))
+    state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["parts"]
+    assert all("lora_" in name for name in state["model"])
+    copies = {"ppo": 2, "trpo": 2}.get(script, 1)  # the value model, the policy before the step; never a reference
+    assert len(models) == copies
+
+
+@pytest.mark.parametrize("module", [reinforce, trpo, ppo, grpo, grape, dpo], ids=lambda module: module.__name__)
+def test_the_reference_is_the_start_though_the_adapters_were_trained(module, tmp_path, monkeypatch):
+    """The log-probs that a reference gives in the last step are those of the base model, to the last bit."""
+    seen, token_logprobs = [], module.token_logprobs
+
+    def spy(model, *batch, **settings):
+        result = token_logprobs(model, *batch, **settings)
+        if isinstance(model, common.WithoutAdapters):
+            seen.append((batch, settings, result))
+        return result
+
+    monkeypatch.setattr(module, "token_logprobs", spy)
+    live = {"reference": "live"} if module is dpo else {"beta": 0.1}
+    train(module, tmp_path / "run", lora_rank=4, **live)
+    base = common.load_model("models/arithmetic", CPU)[0]
+    batch, settings, result = seen[-1]
+    with torch.no_grad():
+        assert torch.equal(token_logprobs(base, *batch, **settings), result)
+    assert len(seen) >= 2
+
+
+def test_a_model_without_its_adapters_gets_them_back_even_after_an_error():
+    model = common.load_model("models/arithmetic", CPU, lora_rank=2)[0]
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        common.WithoutAdapters(model)()
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+    assert not any(module._disable_adapters for module in model.modules() if hasattr(module, "_disable_adapters"))
+
+
+def test_merged_adapters_are_an_ordinary_model(tmp_path):
+    """Whose logits are those of the base model with the adapters on it; any script takes it."""
+    settings = {"lora_rank": 4, "seed": 3}
+    apart, merged = train(sft, tmp_path / "a", **settings), train(sft, tmp_path / "m", **settings, merge_adapters=True)
+    base, tokenizer = common.load_model("models/arithmetic", CPU)
+    adapted = peft.PeftModel.from_pretrained(base, apart / "model")
+    whole = AutoModelForCausalLM.from_pretrained(merged / "model", dtype=torch.float32)
+    torch.testing.assert_close(logits(whole, tokenizer), logits(adapted, tokenizer), rtol=1e-4, atol=1e-4)
+    assert not (merged / "model" / "adapter_config.json").exists()
+    train(grpo, tmp_path / "next", model=str(merged / "model"))
+    with pytest.raises(SystemExit, match="holds adapters, not a model; give that run --merge-adapters"):
+        train(grpo, tmp_path / "refused", model=str(apart / "model"))
+
+
+@pytest.mark.parametrize("module", [sft, ppo, trpo], ids=lambda module: module.__name__)
+def test_a_resumed_run_with_adapters_is_the_uninterrupted_one(module, tmp_path, monkeypatch):
+    longer = {"num_steps": 4, "lora_rank": 2}
+    whole = train(module, tmp_path / "whole", **longer)
+    check_finite = common.Run.check_finite
+
+    def killed(self, step, *rest):
+        check_finite(self, step, *rest)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "check_finite", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(module, tmp_path / "killed", **longer)
+    monkeypatch.undo()
+    module.main(module.Args(resume=str(tmp_path / "killed")))
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "killed" / "model" / file).read_bytes() == (whole / "model" / file).read_bytes()
+
+
+def test_lora_and_peft_are_named_where_they_are_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match="--lora-rank: needs `pip install peft`"):
+        common.load_model("models/arithmetic", CPU, lora_rank=2)
+    with pytest.raises(SystemExit, match="--merge-adapters: there are none without --lora-rank"):
+        common.check_args(sft.Args(merge_adapters=True))
+    with pytest.raises(SystemExit, match="--lora-rank: -1, but it must be 0 or more"):
+        common.check_args(sft.Args(lora_rank=-1))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_gradient_checkpointing_changes_no_figure(script, lora_rank, tmp_path):
+    """The rollouts are the same tokens, and the weights differ by rounding, as no prompt is shared in the update."""
+    runs = []
+    for checkpointing in (False, True):
+        settings = {"gradient_checkpointing": checkpointing, "lora_rank": lora_rank, "learning_rate": 1e-4}
+        if script == "trpo":
+            del settings["learning_rate"]
+        folder = train(SCRIPTS[script], tmp_path / str(checkpointing), **settings)
+        (file,) = (folder / "model").glob("*.safetensors")
+        runs.append((load_file(file), read_jsonl(folder / "samples.jsonl"), read_jsonl(folder / "metrics.jsonl")))
+    (weights, samples, metrics), (other_weights, other_samples, other_metrics) = runs
+    assert samples == other_samples
+    for name in weights:
+        torch.testing.assert_close(weights[name], other_weights[name], rtol=0, atol=2e-5)
+    for row, other in zip(metrics, other_metrics, strict=True):
+        figures = {name: value for name, value in row.items() if not name.startswith(("time/", "tokens_per"))}
+        assert {name: other[name] for name in figures} == pytest.approx(figures, rel=2e-3, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_computes_layers_twice_in_updates_and_no_rollout_in_train_mode(checkpointing):
+    """Whatever mode the model was left in, a rollout is in eval mode, where a KV cache is not dropped."""
+    model, tokenizer = common.load_model("models/arithmetic", CPU, gradient_checkpointing=checkpointing)
+    modes = []
+    for layer in model.base_model.layers:  # not a hook, of which the second time round makes no use
+        forward = layer.mlp.forward
+        layer.mlp.forward = lambda x, m=layer.mlp, forward=forward: modes.append(m.training) or forward(x)
+    prompt_ids, prompt_mask = grpo.pad([tokenizer("What is 3 + 4?").input_ids, [5, 6]], "left", CPU)
+    model.train(checkpointing)
+    settings = {"samples_per_prompt": 1, "max_new_tokens": 5, "temperature": 0.0}
+    completions = grpo.rollout(model, prompt_ids, prompt_mask, **settings)[:2]
+    assert set(modes) == {False}
+    modes.clear()
+    grpo.token_logprobs(model, prompt_ids, prompt_mask, *completions).sum().backward()
+    assert modes == [checkpointing] * (1 + checkpointing) * len(model.base_model.layers)
+
+
+def test_gradient_checkpointing_that_a_model_has_not_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedModel._set_gradient_checkpointing", lambda self, *a, **k: None)
+    with pytest.raises(SystemExit, match=r"--gradient-checkpointing: --model .*arithmetic has none; leave it out"):
+        common.load_model("models/arithmetic", CPU, gradient_checkpointing=True)
