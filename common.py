@@ -14,6 +14,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -41,6 +42,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 Row = dict  # one line of data: "prompt" and any further columns
 bars = []  # of runs that are under way
+sharded = []  # models and heads that are split among the processes
 
 
 def fail(message: str) -> NoReturn:
@@ -89,8 +91,16 @@ def anywhere(condition: bool) -> bool:
 
 
 def share(rows: list) -> list:
-    """The rows of this process."""
-    return rows[RANK::WORLD_SIZE]
+    """The rows of this process: of equal number, if that divides."""
+    return rows[len(rows) * RANK // WORLD_SIZE : len(rows) * (RANK + 1) // WORLD_SIZE]
+
+
+def gather(items: list) -> list:
+    """The items of all processes, in their order."""
+    lists = [items] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(lists, items)
+    return list(itertools.chain(*lists))
 
 
 @cache
@@ -109,15 +119,18 @@ def shard(module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard  # takes as long as torch itself
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for layer in module.modules():
+    for layer in reversed(list(module.modules())):  # inner ones first
         if isinstance(layer, GradientCheckpointingLayer):
             fully_shard(layer, mesh=device_mesh(device.type))
     fully_shard(module, mesh=device_mesh(device.type), reshard_after_forward=False)
+    sharded.append(module)
 
 
 @contextlib.contextmanager
 def whole(model):
     """Gather a sharded model's parameters once, for passes in which each process goes its own way; then let them go."""
+    for module in sharded:  # of which some are gathered still: a reference, which no backward pass lets go
+        module.reshard()
     parts = [module for module in model.modules() if hasattr(module, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -128,22 +141,31 @@ def whole(model):
         part.reshard()
 
 
-def add_adapters(model, rank: int, path: str) -> None:
+def add_adapters(model, rank: int, device: torch.device, autocast) -> None:
     """Freeze the model and give each of its linear layers but the head a trainable LoRA adapter (arXiv 2106.09685)."""
     try:
         from peft import LoraConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         raise SystemExit("--lora-rank: needs `pip install peft`") from None
     # an alpha that does not grow with the rank lets one learning rate fit all ranks (thinkingmachines.ai/blog/lora);
     # dropout would make log-probs differ from pass to pass, as in load_model
     model.add_adapter(LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"))
+    with autocast:
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    for layer in model.modules():
+        if dtype and isinstance(layer, BaseTunerLayer):
+            layer.base_layer.to(dtype)  # autocast would do so in each pass anew: it remembers only what is trained
 
 
 class WithoutAdapters:
     """A model, or a module of it, run with the model's adapters off: what the training started from, for free."""
 
     def __init__(self, model, module=None) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         self.model, self.module = model, module or model
+        self.layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
     def __getattr__(self, name: str):
         return getattr(self.module, name)
@@ -153,11 +175,13 @@ class WithoutAdapters:
         return WithoutAdapters(self.model, self.model.base_model)
 
     def __call__(self, **inputs):
-        self.model.disable_adapters()
+        for layer in self.layers:
+            layer._disable_adapters = True  # peft's own way also ends their training, for good where FSDP shards them
         try:
             return self.module(**inputs)
         finally:
-            self.model.enable_adapters()
+            for layer in self.layers:
+                layer._disable_adapters = False
 
 
 def load_reference(args, model, device: torch.device):
@@ -171,10 +195,13 @@ def load_model(
     *,
     lora_rank: int = 0,
     gradient_checkpointing: bool = False,
-    sharded: bool = True,
+    autocast: torch.autocast | None = None,
+    replicated: bool = False,
     named_by: str = "--model",
 ):
-    """A causal LM in float32, and its tokenizer, from a checkpoint folder or a hub id; sharded if there are processes.
+    """A causal LM in float32, and its tokenizer, from a checkpoint folder or a hub id.
+
+    Of several processes each holds a share, unless it is replicated. What LoRA freezes has the dtype of the autocast.
 
     Settled here once, so that no script has to think of it:
     - dropout is 0: the log-probs of one completion must come out the same twice (arXiv 2403.17031, detail 5);
@@ -183,7 +210,7 @@ def load_model(
     - logits of a padded vocabulary that no token owns are cut off, for the sampler and the log-probs alike: training
       raises them until one is sampled (vllm-project/vllm#13175).
     """
-    path = bundled(path)
+    path, autocast = bundled(path), autocast or contextlib.nullcontext()
     if Path(path, "adapter_config.json").exists():
         raise SystemExit(f"{named_by} {path}: holds adapters, not a model; give that run --merge-adapters")
     try:
@@ -206,17 +233,20 @@ def load_model(
     model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=min(stop_ids))
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits[..., :vocab_size])
+    with torch.no_grad():
+        probe, same = torch.tensor([[min(stop_ids), 0]]), partial(torch.allclose, atol=1e-3, rtol=1e-3)
+        inputs = {"input_ids": probe, "attention_mask": torch.ones_like(probe)}
+        output = model.eval()(**inputs, use_cache=True)
+        if not same(output.logits[:, :1], model(**{name: x[:, :1] for name, x in inputs.items()}).logits):
+            raise SystemExit(
+                f"{named_by} {path}: no causal language model; what it says of a token depends on later ones"
+            )
+        if not hasattr(getattr(output, "past_key_values", None), "reorder_cache"):
+            raise SystemExit(f"{named_by} {path}: has no KV cache, which sampling needs")
+        if not same(output.logits, logits_of(model, model.base_model(**inputs).last_hidden_state)):
+            raise SystemExit(f"{named_by} {path}: it scales its logits as common.logits_of does not; add it there")
     if lora_rank:
-        add_adapters(model, lora_rank, path)
-    if sharded:
-        shard(model, device)
-    model = model.to(device).eval()
-    if hasattr(model, "unshard"):  # passes begin at the trunk, FSDP's at the model
-
-        def gather(trunk, inputs):
-            model.unshard()
-
-        model.base_model.register_forward_pre_hook(gather)
+        add_adapters(model, lora_rank, device, autocast)
     if gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its old name
         enable({"use_reentrant": False})
@@ -229,19 +259,17 @@ def load_model(
             trunk.train(torch.is_grad_enabled())
 
         model.base_model.register_forward_pre_hook(set_mode)
-    with torch.no_grad():
-        probe, same = torch.tensor([[min(stop_ids), 0]], device=device), partial(torch.allclose, atol=1e-3, rtol=1e-3)
-        inputs = {"input_ids": probe, "attention_mask": torch.ones_like(probe)}
-        output = model(**inputs, use_cache=True)
-        if not same(output.logits[:, :1], model(**{name: x[:, :1] for name, x in inputs.items()}).logits):
-            raise SystemExit(
-                f"{named_by} {path}: no causal language model; what it says of a token depends on later ones"
-            )
-        if not hasattr(getattr(output, "past_key_values", None), "reorder_cache"):
-            raise SystemExit(f"{named_by} {path}: has no KV cache, which sampling needs")
-        if not same(output.logits, logits_of(model, model.base_model(**inputs).last_hidden_state)):
-            raise SystemExit(f"{named_by} {path}: it scales its logits as common.logits_of does not; add it there")
-    if hasattr(model, "reshard"):
+    if not replicated:
+        shard(model, device)
+    model.to(device)
+    if model in sharded:
+
+        def unshard(trunk, inputs):  # passes begin at the trunk, and FSDP's at the model
+            model.unshard()
+
+        model.base_model.register_forward_pre_hook(unshard)
+        with torch.no_grad(), autocast:
+            model(**{name: x.to(device) for name, x in inputs.items()})  # FSDP's first pass must begin at the model
         model.reshard()
     return model, tokenizer
 
@@ -329,14 +357,21 @@ def load_data(source: str, eval_source: str, eval_prompts: int, columns: tuple[s
     """
     rows = read_rows(source, columns)
     if eval_source:
-        return rows, read_rows(eval_source, ("prompt",))[:eval_prompts]
+        return rows, enough(read_rows(eval_source, ("prompt",))[:eval_prompts], eval_source)
     digests = [hashlib.md5(json.dumps(row["prompt"]).encode()).hexdigest() for row in rows]
     by_digest = dict(sorted(zip(digests, rows), key=lambda item: item[0]))
     if len(by_digest) < 2:
         raise SystemExit(f"--data {source}: one prompt only, so none can be held out; add rows or give --eval-data")
     held_out = dict(list(by_digest.items())[: max(1, len(by_digest) // 10)])
     train_rows = [row for digest, row in zip(digests, rows) if digest not in held_out]
-    return train_rows, list(held_out.values())[:eval_prompts]
+    return train_rows, enough(list(held_out.values())[:eval_prompts], source)
+
+
+def enough(rows: list[Row], source: str) -> list[Row]:
+    """The held-out rows, if there is one for each process."""
+    if len(rows) < WORLD_SIZE:
+        raise SystemExit(f"{source}: {len(rows)} held-out prompts for {WORLD_SIZE} processes; each needs one at least")
+    return rows
 
 
 def text_of(message: str | list[dict]) -> str:
@@ -564,8 +599,6 @@ def check_args(args):
                 raise SystemExit(f"--{name.replace('_', '-')}: {value}, but it must be {bound}")
     if args.prompts_per_step % WORLD_SIZE:
         raise SystemExit(f"--prompts-per-step: {args.prompts_per_step} do not divide among {WORLD_SIZE} processes")
-    if args.eval_prompts < WORLD_SIZE:
-        raise SystemExit(f"--eval-prompts: {args.eval_prompts} for {WORLD_SIZE} processes; give each one at least")
     if args.merge_adapters and not args.lora_rank:
         raise SystemExit("--merge-adapters: there are none without --lora-rank")
     if args.track != "none" and not importlib.util.find_spec(args.track):
@@ -615,8 +648,8 @@ class Run:
         names = [args.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"]
         if WORLD_SIZE > 1:
             if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             dist.broadcast_object_list(names)
         if RANK > 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -654,7 +687,7 @@ class Run:
             raise SystemExit(f"--output-dir {self.dir}: cannot be written ({error})") from None
         if args.resume:
             try:
-                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=WORLD_SIZE > 1)
             except Exception as error:  # a damaged file ends in one of several
                 reason = str(error).splitlines()[0]
                 raise SystemExit(f"--resume {self.dir}: {self.checkpoint} cannot be read ({reason})") from None
@@ -677,7 +710,8 @@ class Run:
 
     def stop(self, number: int, frame) -> None:
         self.stopping = True
-        signal.signal(number, signal.SIG_DFL)
+        if WORLD_SIZE == 1:  # a scheduler and torchrun may both send the same signal
+            signal.signal(number, signal.SIG_DFL)
         self.bar.write("stopping after this step; once more to stop at once, back to the last checkpoint")
 
     def save(self, step: int, parts: dict) -> None:
@@ -688,11 +722,11 @@ class Run:
         every, stopping = self.args.save_every, anywhere(self.stopping)
         if not stopping and (every == 0 or step % every):
             return
-        random = [random_states()]
+        drawn = [random_states()]
         if WORLD_SIZE > 1:
-            random = [None] * WORLD_SIZE
-            dist.all_gather_object(random, random_states())
-        state = {"step": step, "parts": {name: whole_state(part) for name, part in parts.items()}, "random": random}
+            drawn *= WORLD_SIZE
+            dist.all_gather_object(drawn, random_states())
+        state = {"step": step, "parts": {name: whole_state(part) for name, part in parts.items()}, "random": drawn}
         state |= {"last": self.last, "accuracies": self.accuracies, "seconds": time.perf_counter() - self.start_time}
         state |= {"sizes": {name: file.tell() for name, file in self.files.items()}}
         if RANK == 0:
@@ -703,6 +737,8 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(new, self.checkpoint)
+        if anywhere(stopping) and RANK > 0:  # nobody leaves before it is written
+            sys.exit(1)
         if stopping:
             start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {WORLD_SIZE}"
             fail(f"stopped after step {step}; go on with: {start} {sys.argv[0]} --resume {self.dir}")
@@ -726,7 +762,8 @@ class Run:
     def log(self, step: int, metrics: dict) -> None:
         """Append a line to metrics.jsonl and show the main figures in the bar."""
         metrics = averages(metrics)
-        self.write("metrics", {"step": step, "time/total": time.perf_counter() - self.start_time, **metrics})
+        resources = {"time/total": time.perf_counter() - self.start_time, "memory/peak": peak_memory()}
+        self.write("metrics", {"step": step, **resources, **metrics})
         self.track(step, metrics)
         if math.isnan(metrics.get("eval/accuracy", 0.0)):
             fail("--reward: the first one scored no held-out completion: it returned None for each of them")
@@ -767,7 +804,9 @@ class Run:
 
                 path = bundled(self.args.model)
                 base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-                merged, part = PeftModel.from_pretrained(base, part).merge_and_unload(), self.dir / "model.merged"
+                merged = PeftModel.from_pretrained(base, part).merge_and_unload()
+                merged.generation_config = model.generation_config
+                shutil.rmtree(part)
                 merged.save_pretrained(part)
             tokenizer.save_pretrained(part)
             os.replace(part, done)
@@ -783,6 +822,17 @@ class Run:
         return self.last
 
 
+def peak_memory() -> float:
+    """The most memory that this process had so far, in 10**9 bytes: the GPU's where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if not importlib.util.find_spec("resource"):  # on Windows
+        return math.nan
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def averages(metrics: dict) -> dict[str, float]:
     """The numbers, averaged over the processes."""
     values = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in metrics.values()]
@@ -791,7 +841,7 @@ def averages(metrics: dict) -> dict[str, float]:
 
 
 def whole_state(part) -> dict:
-    """state_dict(), of a model without what is frozen; sharded tensors gathered, which only the first process keeps."""
+    """state_dict(), without what adapters leave frozen; sharded tensors are gathered, for the first process alone."""
     wholes = {}  # so that tied weights stay one
 
     def gathered(value):
@@ -806,14 +856,16 @@ def whole_state(part) -> dict:
 
     if not isinstance(part, torch.nn.Module):
         return gathered(part.state_dict())
-    frozen = {name for name, p in part.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    parameters = dict(part.named_parameters(remove_duplicate=False))
+    adapted = any("lora_" in name for name in parameters)
+    frozen = {name for name, p in parameters.items() if adapted and not p.requires_grad}
     return gathered({name: v for name, v in part.state_dict(keep_vars=True).items() if name not in frozen})
 
 
 def set_whole_state(part, state: dict) -> None:
     """load_state_dict() with what whole_state returned, of which sharded parts take their shards."""
 
-    def sharded(value, like):
+    def split(value, like):
         if not hasattr(like, "full_tensor") or value.shape != like.shape:
             return value
         from torch.distributed.tensor import distribute_tensor
@@ -822,11 +874,11 @@ def set_whole_state(part, state: dict) -> None:
 
     if isinstance(part, torch.nn.Module):
         own = part.state_dict()
-        part.load_state_dict(own | {name: sharded(value, own[name]) for name, value in state.items()})
+        part.load_state_dict(own | {name: split(value, own[name]) for name, value in state.items()})
     else:
         owners = [parameter for group in part.param_groups for parameter in group["params"]]
         slots = {
-            index: {name: sharded(value, owners[index]) for name, value in slot.items()}
+            index: {name: split(value, owners[index]) for name, value in slot.items()}
             for index, slot in state["state"].items()
         }
         part.load_state_dict(state | {"state": slots})

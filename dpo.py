@@ -109,7 +109,8 @@ def pick_device(device, dtype):
     Parameters stay float32: AdamW on bfloat16 ones rounds nearly every RL-sized step away (NVIDIA-NeMo/RL#2322).
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and common.WORLD_SIZE == 1
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -213,8 +214,8 @@ def hidden_states(trunk, prompt_ids, prompt_mask, completion_ids, completion_mas
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     P = prompt_ids.shape[1]
     linear = "linear_attention" in (getattr(trunk.config, "layer_types", None) or ())  # whose cache is written in place
-    again = getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()  # it allows no cache
-    if common.anywhere(2 * len(prompts) > len(prompt_ids) or linear or again):
+    checkpointing = getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()  # it allows no cache
+    if common.anywhere(2 * len(prompts) > len(prompt_ids) or linear or checkpointing):
         input_ids = torch.cat([prompt_ids, completion_ids], 1)
         settings = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
         return trunk(input_ids=input_ids, **settings).last_hidden_state[:, P - 1 :]
@@ -340,7 +341,7 @@ def main(args: Args) -> dict[str, float]:
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
     device, autocast = pick_device(args.device, args.dtype)
-    trained = {"lora_rank": args.lora_rank, "gradient_checkpointing": args.gradient_checkpointing}
+    trained = {"lora_rank": args.lora_rank, "gradient_checkpointing": args.gradient_checkpointing, "autocast": autocast}
     model, tokenizer = common.load_model(args.model, device, **trained)
     common.check_prompts(model, tokenizer, eval_rows, args.max_new_tokens)
     ref_model = common.load_reference(args, model, device) if args.reference == "live" else model

@@ -1,10 +1,9 @@
-"""What more processes, LoRA and gradient checkpointing change: seconds of a step, and memory per parameter.
+"""What more processes, LoRA and gradient checkpointing change: the seconds of a step, and memory per parameter.
 
 python benchmarks/scaling.py --model FOLDER --data train.jsonl
 
-Each line is a run of its own, the embedded model's and then that of --model. Memory is the largest of a process, as the
-operating system counts it; bytes per parameter are those beyond what the same run of the embedded model takes. On CPUs
-the processes share the threads that one would have.
+Each cell is a run of its own. Memory is the most that a process had, as the operating system counts it; bytes per
+parameter are those beyond what the embedded model's sft.py takes. On CPUs the processes share the threads of one.
 """
 
 import json
@@ -21,10 +20,23 @@ import tyro
 from transformers import AutoModelForCausalLM
 
 REPO = Path(__file__).parent.parent
-LORA, AGAIN = ("--lora-rank", "16"), ("--gradient-checkpointing",)
 KL = ("--beta", "0.04")
-SETTINGS = {"sft": ((), AGAIN, LORA, (*LORA, *AGAIN)), "grpo": (KL, (*KL, *LORA)), "ppo": ((), LORA)}
-STEPS = 3
+SHORT = ("--prompts-per-step", "2", "--eval-prompts", "2", "--micro-batch-size", "1", "--max-new-tokens", "16")
+LONG = ("--prompts-per-step", "8", "--eval-prompts", "2", "--micro-batch-size", "4", "--max-length", "512")
+GROUP = ("--samples-per-prompt", "4", "--prompts-per-step", "4", "--eval-prompts", "2", "--micro-batch-size", "4")
+TIMES = {"sft": LONG, "grpo": (*GROUP, *KL, "--max-new-tokens", "64")}
+SFT = (*SHORT, "--max-length", "256")
+RL = (*SHORT, "--samples-per-prompt", "2")
+MEMORY = [  # a title's script and flags, and the flags that only make it small
+    ("sft.py", SFT),
+    ("sft.py --lora-rank 16", SFT),
+    ("grpo.py --beta 0.04", RL),
+    ("grpo.py --beta 0.04 --lora-rank 16", RL),
+    ("ppo.py", (*RL, "--num-minibatches", "1")),
+    ("ppo.py --lora-rank 16", (*RL, "--num-minibatches", "1")),
+    ("sft.py --micro-batch-size 4 --max-length 512", LONG),
+    ("sft.py --micro-batch-size 4 --max-length 512 --gradient-checkpointing", LONG),
+]
 
 
 @dataclass
@@ -33,12 +45,12 @@ class Args:
     """of a size at which memory is that of parameters"""
     data: str
     """.jsonl with prompts, completions and answers"""
-    scripts: tuple[str, ...] = ("sft", "grpo", "ppo")
-    """to measure"""
     processes: tuple[int, ...] = (1, 2)
     """of each run"""
     threads: int = os.cpu_count() or 1
     """of all processes together"""
+    tables: tuple[str, ...] = ("times", "memory")
+    """to make"""
 
 
 def workers(launcher: int) -> list[int]:
@@ -63,15 +75,15 @@ def peak(pid: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
-def measure(script: str, flags: tuple, processes: int, threads: int) -> dict[str, float]:
+def measure(script: str, flags: tuple, processes: int, threads: int, steps: int, **environment) -> dict[str, float]:
     """Medians of a run's seconds without those of its first step, and the most memory that one of its processes had."""
     with tempfile.TemporaryDirectory() as folder:
         start = [sys.executable]
         if processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        flags = (*flags, "--num-steps", str(STEPS), "--eval-every", "1000", "--save-every", "0")
-        command = [*start, str(REPO / f"{script}.py"), *flags, "--output-dir", f"{folder}/run"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads // processes)}
+        flags = (*flags, "--num-steps", str(steps), "--eval-every", "1000", "--save-every", "0")
+        command = [*start, str(REPO / script), *flags, "--output-dir", f"{folder}/run"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads // processes), **environment}
         most = 0
         with open(f"{folder}/log", "w+") as log:
             with subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process:
@@ -88,26 +100,27 @@ def measure(script: str, flags: tuple, processes: int, threads: int) -> dict[str
 
 def main(args: Args) -> None:
     parameters = AutoModelForCausalLM.from_pretrained(args.model).num_parameters()
-    shape = ["--prompts-per-step", "4", "--max-new-tokens", "64", "--eval-prompts", "2"]
-    sizes = {
-        "embedded": ["--eval-prompts", "2"],
-        f"{parameters / 1e6:.0f} M": ["--model", args.model, "--data", args.data, *shape],
-    }
-    print("| script | model | processes | seconds of a step | rollout + update | MB of a process | bytes a parameter |")
-    print("|---|---|---|---|---|---|---|")
-    for script in args.scripts:
-        group = ("--samples-per-prompt", "4", "--micro-batch-size", "4") if script != "sft" else ()
-        for setting in SETTINGS[script]:
-            for processes in args.processes:
-                small = 0
-                for name, flags in sizes.items():
-                    flags = (*flags, *setting, *(group if name != "embedded" else ()))
-                    run = measure(script, flags, processes, args.threads)
-                    share = f"{(run['memory'] - small) / parameters:.1f}" if small else ""
-                    small = run["memory"]
-                    seconds = f"{run['rollout'] + run['update']:.3g} | {run['rollout']:.3g} + {run['update']:.3g}"
-                    title = f"`{' '.join([f'{script}.py', *setting])}` | {name} | {processes}"
-                    print(f"| {title} | {seconds} | {run['memory'] / 1e6:.0f} | {share} |", flush=True)
+    large = ("--model", args.model, "--data", args.data)
+    heads = [f"{n} process{'es' if n > 1 else ''}" for n in args.processes]
+    print(f"| seconds of a step: rollout + update | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
+    for script, sizes in TIMES.items() if "times" in args.tables else ():
+        for title, flags in ((f"{script}.py", ()), (f"{script}.py, {parameters / 1e6:.0f} M", (*large, *sizes))):
+            runs = [measure(f"{script}.py", flags, n, args.threads, 4 if flags else 20) for n in args.processes]
+            cells = [f"{run['rollout']:.3g} + {run['update']:.3g}" for run in runs]
+            print(f"| {title} | {' | '.join(cells)} |", flush=True)
+    if "memory" not in args.tables:
+        return
+
+    # glibc keeps what is freed unless it is told to map it: then the count is of what is held
+    held = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    base = measure("sft.py", ("--eval-prompts", "2"), 1, args.threads, 2, **held)["memory"]
+    print(f"\nWithout a model a process has {base / 1e6:.0f} MB.\n")
+    print(f"| MB of a process, bytes per parameter | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
+    for title, small in MEMORY:
+        script, *flags = title.split()
+        runs = [measure(script, (*large, *small, *flags), n, args.threads, 2, **held) for n in args.processes]
+        cells = [f"{run['memory'] / 1e6:.0f}, {(run['memory'] - base) / parameters:.1f}" for run in runs]
+        print(f"| `{title}` | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

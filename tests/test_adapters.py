@@ -85,6 +85,24 @@ def test_a_model_without_its_adapters_gets_them_back_even_after_an_error():
     assert not any(module._disable_adapters for module in model.modules() if hasattr(module, "_disable_adapters"))
 
 
+def test_frozen_weights_are_bfloat16_where_autocast_makes_them_so_and_nothing_changes_by_it(tmp_path):
+    """Half the memory for the same logits, to the last bit; embeddings, norms, head and adapters stay float32."""
+    _, autocast = sft.pick_device("cpu", "bfloat16")
+    half, tokenizer = common.load_model("models/arithmetic", CPU, lora_rank=2, autocast=autocast)
+    full, _ = common.load_model("models/arithmetic", CPU, lora_rank=2)
+    for (name, parameter), other in zip(half.named_parameters(), full.parameters(), strict=True):
+        assert other.dtype == torch.float32
+        assert parameter.dtype == (torch.bfloat16 if "base_layer" in name else torch.float32), name
+        if "lora_" in name:
+            parameter.data = other.data = torch.randn_like(other) / 4
+    with autocast:
+        assert torch.equal(logits(half, tokenizer), logits(full, tokenizer))
+        references = [logits(common.WithoutAdapters(model), tokenizer) for model in (half, full)]
+    assert torch.equal(*references) and not torch.equal(references[0], logits(full, tokenizer))
+    folder = train(grpo, tmp_path / "run", lora_rank=2, dtype="bfloat16", gradient_checkpointing=True)
+    assert {p.dtype for p in load_file(folder / "model" / "adapter_model.safetensors").values()} == {torch.float32}
+
+
 def test_merged_adapters_are_an_ordinary_model(tmp_path):
     """Whose logits are those of the base model with the adapters on it; any script takes it."""
     settings = {"lora_rank": 4, "seed": 3}
@@ -146,7 +164,9 @@ def test_gradient_checkpointing_changes_no_figure(script, lora_rank, tmp_path):
     for name in weights:
         torch.testing.assert_close(weights[name], other_weights[name], rtol=0, atol=2e-5)
     for row, other in zip(metrics, other_metrics, strict=True):
-        figures = {name: value for name, value in row.items() if not name.startswith(("time/", "tokens_per"))}
+        figures = {
+            name: value for name, value in row.items() if not name.startswith(("time/", "memory/", "tokens_per"))
+        }
         assert {name: other[name] for name in figures} == pytest.approx(figures, rel=2e-3, abs=1e-5, nan_ok=True)
 
 

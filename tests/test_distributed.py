@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import common
 import grpo
@@ -20,13 +21,14 @@ from conftest import CHAT_TEMPLATE, random_model
 from safetensors.torch import load_file
 from test_scripts import REPO, read_jsonl
 from test_update import JUDGE
+from transformers import OPTConfig, OPTForCausalLM
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def launch(command, **environment):
     """The finished process; it must not be waited for in vain."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, cwd=REPO, env=environment, timeout=100
     )
@@ -45,7 +47,7 @@ def weights(folder):
 
 def figures(folder):
     rows = [
-        {name: value for name, value in row.items() if not name.startswith(("time/", "tokens_per_second"))}
+        {name: value for name, value in row.items() if not name.startswith(("time/", "memory/", "tokens_per_second"))}
         for row in read_jsonl(folder / "metrics.jsonl")
     ]
     rows[1].pop("reward/accuracy", None)  # dpo.py's; its first margins are 0 but for rounding
@@ -77,7 +79,9 @@ JOBS = {
     "sft": {"script": "sft", "prompts_per_step": 6},
     "sft-checkpointing": {"script": "sft", "prompts_per_step": 6, "gradient_checkpointing": True},
     "rejection_sampling": {"script": "rejection_sampling", "strategy": "threshold", "threshold": 0.9},
+    "rejection_sampling-batch": {"script": "rejection_sampling", "strategy": "best_of_batch"},
     "reinforce": {"script": "reinforce", "beta": 0.1},
+    "reinforce-opt": {"script": "reinforce", "beta": 0.1, "lora_rank": 2, "micro_batch_size": 4, "model": "opt"},
     "trpo": {"script": "trpo", "beta": 0.1, "max_kl": 0.001},
     "trpo-lora": {"script": "trpo", "lora_rank": 2, "max_kl": 0.001},
     "ppo": {"script": "ppo", "num_minibatches": 1, "value_clip_range": 1.0},
@@ -105,7 +109,11 @@ def place(tmp_path_factory):
     tokenizer.chat_template = CHAT_TEMPLATE
     critic = random_model("llama")
     critic.config.max_position_embeddings = 512
-    for name, model in (("model", random_model("gpt2", stop_ids=(0, *range(10, 60)))), ("critic", critic)):
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_hidden_layers": 2, "vocab_size": 300}
+    opt = OPTForCausalLM(OPTConfig(num_attention_heads=4, **sizes))  # with linear layers outside of its blocks
+    opt.generation_config.eos_token_id = [0, *range(10, 60)]
+    policy = random_model("gpt2", stop_ids=(0, *range(10, 60)))
+    for name, model in (("model", policy), ("critic", critic), ("opt", opt)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     turns = [
@@ -128,6 +136,7 @@ def job(place, name, output_dir, **more):
     settings = {"num_steps": 2, "prompts_per_step": 4, "micro_batch_size": 6, "eval_prompts": 3, "eval_every": 1}
     settings |= {"model": str(place / "model"), "data": str(place / "data.jsonl"), "max_new_tokens": 4}
     settings |= {"reward": [f"{place}/mine.py:judge"], "output_dir": str(output_dir)} | JOBS[name] | more
+    settings["model"] = str(place / Path(settings["model"]).name)
     script = settings.pop("script")
     if script != "trpo":
         settings["learning_rate"] = 1e-3
@@ -166,6 +175,9 @@ def stopped(place):
     Of two processes one is killed, in the middle of an update, so that the other one waits for it.
     """
     jobs = {"ppo": {"beta": 0.1, "num_minibatches": 1}, "grpo-lora": {}}
+    random = job(place, "grpo", place / "whole" / "random", **RESUMED, num_minibatches=2) | {"own_rollout": True}
+    done = work(place, [random], 2)
+    assert done.returncode == 0, done.stderr[-3000:]
     done = work(place, [job(place, name, place / "whole" / name, **RESUMED, **own) for name, own in jobs.items()], 1)
     assert done.returncode == 0, done.stderr[-3000:]
     for processes in (1, 2):
@@ -176,6 +188,8 @@ def stopped(place):
             assert done.returncode != 0 and time.monotonic() - start < 60
             if processes == 2:
                 assert "Signal 9 (SIGKILL)" in done.stderr
+    random["args"]["output_dir"] = str(place / "killed" / "random")
+    assert work(place, [random | {"die": [1, 4]}], 2).returncode != 0
     return place
 
 
@@ -196,11 +210,27 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_others(stopped, before, 
         assert sampled == sorted(sampled) and sampled.count(3) == 4  # a prompt's, and once only
 
 
-def test_the_readmes_command_writes_and_says_everything_once(tmp_path):
-    """A whole script, as a user starts it; a step's samples differ from process to process."""
-    command = [*TORCHRUN, "grpo.py", "--output-dir", tmp_path / "run", "--num-steps", "3", "--eval-prompts", "41"]
-    done = launch([*command, "--eval-every", "3"])
+def test_each_process_goes_on_with_its_own_random_numbers(stopped):
+    """With minibatches and samples by chance, as they are: to the last bit."""
+    resumed = {"script": "grpo", "args": {"resume": str(stopped / "killed" / "random")}, "own_rollout": True}
+    done = work(stopped, [resumed], 2)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(stopped / "killed" / "random", stopped / "whole" / "random", 0.0)
+
+
+def test_the_readmes_command_writes_and_says_everything_once(tmp_path):
+    """A whole script, as a user starts it, in which each process draws random numbers of its own."""
+    (tmp_path / "spy.py").write_text(
+        "import os, pathlib, torch\n"
+        "def drawn(prompts, completions, **columns):\n"
+        "    file = pathlib.Path(__file__).parent / os.environ['RANK']\n"
+        "    file.write_text(str(torch.random.get_rng_state().tolist()))\n"
+        "    return [float(completion.strip().isdigit()) for completion in completions]\n"
+    )
+    command = [*TORCHRUN, "grpo.py", "--output-dir", tmp_path / "run", "--num-steps", "3", "--eval-prompts", "41"]
+    done = launch([*command, "--eval-every", "3", "--reward", f"{tmp_path}/spy.py:drawn"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "0").read_text() != (tmp_path / "1").read_text()
     lines = [line for line in done.stdout.splitlines() if "held-out accuracy" in line]
     assert len(lines) == 1 and lines[0].endswith(f"model in {tmp_path / 'run' / 'model'}")
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
@@ -230,7 +260,7 @@ def test_a_mistake_on_one_process_ends_all(tmp_path):
 def test_ctrl_c_on_one_process_saves_on_all(tmp_path):
     """Torchrun passes the signal on, to each process at another moment: they agree on the step to stop after."""
     command = [*TORCHRUN, "sft.py", "--output-dir", tmp_path / "run", "--eval-prompts", "8", "--num-steps", "2000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=environment
     ) as process:
@@ -247,9 +277,10 @@ def test_ctrl_c_on_one_process_saves_on_all(tmp_path):
     assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["step"] == steps[-1] < 2000
 
 
-def test_prompts_that_do_not_divide_among_processes_are_refused(monkeypatch):
+def test_prompts_that_do_not_divide_among_processes_are_refused(monkeypatch, place):
     monkeypatch.setattr(common, "WORLD_SIZE", 3)
     with pytest.raises(SystemExit, match="--prompts-per-step: 16 do not divide among 3 processes"):
         common.check_args(grpo.Args())
-    with pytest.raises(SystemExit, match="--eval-prompts: 2 for 3 processes"):
-        common.check_args(grpo.Args(prompts_per_step=9, eval_prompts=2))
+    for evaluated in ("", str(place / "data.jsonl")):
+        with pytest.raises(SystemExit, match=r"data\.jsonl: 2 held-out prompts for 3 processes"):
+            common.load_data(str(place / "data.jsonl"), evaluated, 2, columns=("prompt",))

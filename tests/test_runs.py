@@ -25,7 +25,7 @@ def outcome(folder):
     files = {file.name: file.read_bytes() for file in (folder / "model").iterdir()}
     for name in ("metrics", "samples"):
         rows = read_jsonl(folder / f"{name}.jsonl")
-        timed = ("time/", "tokens_per_second")
+        timed = ("time/", "memory/", "tokens_per_second")
         files[name] = [{key: row[key] for key in row if not key.startswith(timed)} for row in rows]
     return files
 

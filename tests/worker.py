@@ -1,9 +1,11 @@
 """Runs of scripts in float64 whose results do not depend on the number of processes.
 
 python worker.py JOBS, or torchrun --nproc-per-node N worker.py JOBS, where JOBS is a JSON file with a list of
-{"script": name, "args": {...}}, and "die": [rank, step] for a process that is to be killed in that step.
+{"script": name, "args": {...}}, with "die": [rank, step] for a process that is to be killed in that step, and with
+"own_rollout": true for the script's own, which draws random numbers.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -28,29 +30,54 @@ def load_double(*args, dtype, **kwargs):
     return from_pretrained(*args, dtype=torch.float64, **kwargs)
 
 
-def by_prompt(rollout):
-    """A rollout in which a prompt's completions depend on nothing but the prompt and the policy."""
+def in_double(rollout):
+    """What it returns, of its own float32, in float64."""
 
-    def sample(model, prompt_ids, prompt_mask, **settings):
-        ids, masks, logprobs = [], [], []
+    def sample(*args, **settings):
         torch.Tensor.float = FLOAT
-        for row, mask in zip(prompt_ids, prompt_mask):
-            row = row[mask > 0]
-            with torch.random.fork_rng():
-                torch.manual_seed(zlib.crc32(str(row.tolist()).encode()))
-                results = rollout(model, row[None], torch.ones_like(row)[None], **settings)
-            for result, rows in zip(results, (ids, masks, logprobs)):
-                rows += list(result)
+        completion_ids, *rest = rollout(*args, **settings)
         torch.Tensor.float = torch.Tensor.double
-        ids, masks, logprobs = (torch.nn.utils.rnn.pad_sequence(r, batch_first=True) for r in (ids, masks, logprobs))
-        return ids, masks.double(), logprobs.double()
+        return completion_ids, *(tensor.double() for tensor in rest)
 
     return sample
 
 
-def run(script: str, args: dict, die: tuple[int, int] = (-1, -1)) -> None:
+def by_prompt(rollout):
+    """A rollout in which a prompt's completions depend on nothing but the prompt and the policy."""
+
+    def sample(model, prompt_ids, prompt_mask, **settings):
+        results = [], [], []
+        for row, mask in zip(prompt_ids, prompt_mask):
+            row = row[mask > 0]
+            with torch.random.fork_rng():
+                torch.manual_seed(zlib.crc32(str(row.tolist()).encode()))
+                sampled = in_double(rollout)(model, row[None], torch.ones_like(row)[None], **settings)
+            for rows, result in zip(results, sampled):
+                rows += list(result)
+        return tuple(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in results)
+
+    return sample
+
+
+def checked(whole):
+    """common.whole, where a model has all of its parameters within it, and its share outside."""
+
+    @contextlib.contextmanager
+    def watch(model):
+        with whole(model):
+            yield
+            assert not any(hasattr(p, "to_local") for p in model.parameters())
+        if model in common.sharded:
+            parameters = list(model.parameters())
+            share = sum(p.to_local().numel() for p in parameters) / sum(p.numel() for p in parameters)
+            assert 0.9 < share * common.WORLD_SIZE < 1.1
+
+    return watch
+
+
+def run(script: str, args: dict, die: tuple[int, int] = (-1, -1), own_rollout: bool = False) -> None:
     module, check_finite = importlib.import_module(script), common.Run.check_finite
-    rollout, module.rollout = module.rollout, by_prompt(module.rollout)
+    rollout, module.rollout = module.rollout, in_double(module.rollout) if own_rollout else by_prompt(module.rollout)
 
     def dying(self, step, stats, batch):
         if (common.RANK, step) == tuple(die):
@@ -63,9 +90,9 @@ def run(script: str, args: dict, die: tuple[int, int] = (-1, -1)) -> None:
 
 
 if __name__ == "__main__":
-    common.AutoModelForCausalLM.from_pretrained = load_double
+    common.AutoModelForCausalLM.from_pretrained, common.whole = load_double, checked(common.whole)
     if common.WORLD_SIZE > 1:  # one process group for all jobs
-        torch.distributed.init_process_group()
-        torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda: None
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda *backend: None
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(**job)

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# A small chat model on GSM8K: sft.py on the train split, then the others from its model, dpo.py on pairs of its own samples.
+# Exact match on the test split before and after is each run's closing line; runs, curves and a table are in OUT.
+#
+#   bash benchmarks/gsm8k.sh MODEL TRAIN.jsonl TEST.jsonl OUT
+#
+# MODEL: HuggingFaceTB/SmolLM2-135M-Instruct or another; TRAIN and TEST: rows as README makes them of GSM8K's own files.
+# Sizes are for one GPU of 80 GB. QUICK=1 makes a few small steps, to see that everything runs, on a CPU too.
+# LAUNCH="torchrun --nproc-per-node 8" uses eight GPUs. A run that is there is not made again.
+set -euo pipefail
+model=$1 train=$2 test=$3 out=$4
+here=$(cd "$(dirname "$0")/.." && pwd)
+read -r -a launch <<< "${LAUNCH:-python}"
+if [ -n "${QUICK:-}" ]; then
+    sft_steps=2 steps=2 prompts=2 samples=2 tokens=24 micro=4 eval=4 eval_every=2 pairs=8
+else
+    sft_steps=350 steps=300 prompts=32 samples=8 tokens=256 micro=64 eval=1319 eval_every=50 pairs=4000
+fi
+evaluation=(--eval-data "$test" --eval-prompts "$eval" --eval-every "$eval_every" --max-new-tokens "$tokens")
+sampling=(--data "$train" --prompts-per-step "$prompts" --samples-per-prompt "$samples" --micro-batch-size "$micro")
+
+run() { # name, then a script and its flags
+    local name=$1 script=$2
+    shift 2
+    if [ -d "$out/$name/model" ]; then return; fi
+    "${launch[@]}" "$here/$script.py" --output-dir "$out/$name" "${evaluation[@]}" "$@" 2> >(tee "$out/$name.log" >&2)
+}
+
+mkdir -p "$out"
+run sft sft --model "$model" --data "$train" --num-steps "$sft_steps" --prompts-per-step $((2 * prompts)) \
+    --micro-batch-size "$micro" --learning-rate 2e-5 --warmup-steps $((sft_steps / 20))
+start=(--model "$out/sft/model" --num-steps "$steps")
+run rejection_sampling rejection_sampling "${start[@]}" "${sampling[@]}" --learning-rate 5e-6
+run reinforce reinforce "${start[@]}" "${sampling[@]}" --learning-rate 2e-6
+run ppo ppo "${start[@]}" "${sampling[@]}" --learning-rate 2e-6 --value-learning-rate 1e-5
+run grpo grpo "${start[@]}" "${sampling[@]}" --learning-rate 2e-6
+run grape grape "${start[@]}" "${sampling[@]}" --learning-rate 2e-6 --rubric rubrics/gsm8k.json
+run trpo trpo "${start[@]}" "${sampling[@]}" --damping 0.1 --fisher-samples 1
+
+if [ ! -s "$out/pairs.jsonl" ]; then
+    python "$here/benchmarks/pairs.py" --model "$out/sft/model" --data "$train" --output "$out/pairs.jsonl" \
+        --prompts "$pairs" --samples-per-prompt "$samples" --max-new-tokens "$tokens"
+fi
+run dpo dpo "${start[@]}" --data "$out/pairs.jsonl" --prompts-per-step "$prompts" --micro-batch-size "$micro" \
+    --learning-rate 5e-7
+
+python "$here/benchmarks/runs.py" "$out"/*/ > "$out/table.md"
+cat "$out/table.md"
+python "$here/benchmarks/plot.py" "$out"/{rejection_sampling,reinforce,ppo,grpo} --output "$out/curves.png"

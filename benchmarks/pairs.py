@@ -1,0 +1,78 @@
+"""Make preference pairs for dpo.py of a model's own samples: of a prompt a completion that scored most, and one least.
+
+python benchmarks/pairs.py --model runs/sft-.../model --data train.jsonl --output pairs.jsonl
+"""
+
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common
+import rejection_sampling as rs
+
+import tyro
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    model: str
+    """whose samples they are"""
+    data: str
+    """as of the scripts; the tenth that they hold out is left out"""
+    output: Path
+    """.jsonl file of prompt, chosen and rejected"""
+    reward: tuple[str, ...] = ("exact_answer",)
+    """as of the scripts"""
+    prompts: int = 4000
+    """to sample from, at most; those whose samples all score the same make no pair"""
+    prompts_per_batch: int = 32
+    """sampled at a time"""
+    samples_per_prompt: int = 8
+    """completions of each"""
+    max_new_tokens: int = 256
+    """tokens in a completion"""
+    temperature: float = 1.0
+    """of the samples"""
+    seed: int = 1
+    """of the samples and of the choice among equals"""
+    device: str = "auto"
+    """auto is CUDA, else MPS, else the CPU"""
+
+
+def main(args: Args) -> None:
+    rows, _ = common.load_data(args.data, "", 1, columns=("prompt",))
+    score = common.load_reward(args.reward, ())
+    device, autocast = rs.pick_device(args.device, "auto")
+    model, tokenizer = common.load_model(args.model, device)
+    common.transformers.set_seed(args.seed)
+    random.shuffle(rows)
+    rows = rows[: args.prompts]
+    common.check_prompts(model, tokenizer, rows, args.max_new_tokens)
+    G, pairs = args.samples_per_prompt, 0
+    sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    with args.output.open("w", encoding="utf-8") as file:
+        for start in tqdm(range(0, len(rows), args.prompts_per_batch), desc="pairs"):
+            batch = rows[start : start + args.prompts_per_batch]
+            prompts = rs.pad([common.prompt_tokens(tokenizer, row["prompt"]) for row in batch], "left", device)
+            with autocast:
+                completion_ids, completion_mask, _ = rs.rollout(model, *prompts, **sampling)
+            texts = rs.decode(tokenizer, completion_ids, completion_mask)
+            rewards, _ = score([row for row in batch for _ in range(G)], texts)
+            for row, scores, said in zip(batch, rewards.view(-1, G).tolist(), zip(*[iter(texts)] * G)):
+                ranked = sorted((value, random.random(), text) for value, text in zip(scores, said) if value == value)
+                if ranked and ranked[0][0] < ranked[-1][0] and ranked[0][2] and ranked[-1][2]:
+                    pair = {"prompt": row["prompt"], "chosen": ranked[-1][2], "rejected": ranked[0][2]}
+                    file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+                    pairs += 1
+    print(f"{pairs} pairs of {len(rows)} prompts in {args.output}")
+    if not pairs:
+        raise SystemExit("no prompt had both a better and a worse completion")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
