@@ -400,6 +400,7 @@ def main(args: Args) -> dict[str, float]:
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
     device, autocast = pick_device(args.device, args.dtype)
+    # each process has the whole model: FSDP's parameters cannot be differentiated through twice
     trained = {"lora_rank": args.lora_rank, "gradient_checkpointing": args.gradient_checkpointing, "replicated": True}
     model, tokenizer = common.load_model(args.model, device, **trained)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)

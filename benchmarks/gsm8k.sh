@@ -5,16 +5,17 @@
 #   bash benchmarks/gsm8k.sh MODEL TRAIN.jsonl TEST.jsonl OUT
 #
 # MODEL: HuggingFaceTB/SmolLM2-135M-Instruct or another; TRAIN and TEST: rows as README makes them of GSM8K's own files.
-# Sizes are for one GPU of 80 GB. QUICK=1 makes a few small steps, to see that everything runs, on a CPU too.
+# Sizes are for one GPU of 80 GB. QUICK=1 makes a few small steps, to see that everything runs, on a CPU too; its pairs are
+# of a shorter and a longer completion, as none is right yet.
 # LAUNCH="torchrun --nproc-per-node 8" uses eight GPUs. A run that is there is not made again.
 set -euo pipefail
 model=$1 train=$2 test=$3 out=$4
 here=$(cd "$(dirname "$0")/.." && pwd)
 read -r -a launch <<< "${LAUNCH:-python}"
 if [ -n "${QUICK:-}" ]; then
-    sft_steps=2 steps=2 prompts=2 samples=2 tokens=24 micro=4 eval=4 eval_every=2 pairs=8
+    sft_steps=2 steps=2 prompts=2 samples=2 tokens=24 micro=4 eval=4 eval_every=2 pairs=8 reward=length
 else
-    sft_steps=350 steps=300 prompts=32 samples=8 tokens=256 micro=64 eval=1319 eval_every=50 pairs=4000
+    sft_steps=350 steps=300 prompts=32 samples=8 tokens=256 micro=64 eval=1319 eval_every=50 pairs=4000 reward=exact_answer
 fi
 evaluation=(--eval-data "$test" --eval-prompts "$eval" --eval-every "$eval_every" --max-new-tokens "$tokens")
 sampling=(--data "$train" --prompts-per-step "$prompts" --samples-per-prompt "$samples" --micro-batch-size "$micro")
@@ -39,7 +40,7 @@ run trpo trpo "${start[@]}" "${sampling[@]}" --damping 0.1 --fisher-samples 1
 
 if [ ! -s "$out/pairs.jsonl" ]; then
     python "$here/benchmarks/pairs.py" --model "$out/sft/model" --data "$train" --output "$out/pairs.jsonl" \
-        --prompts "$pairs" --samples-per-prompt "$samples" --max-new-tokens "$tokens"
+        --prompts "$pairs" --samples-per-prompt "$samples" --max-new-tokens "$tokens" --reward "$reward"
 fi
 run dpo dpo "${start[@]}" --data "$out/pairs.jsonl" --prompts-per-step "$prompts" --micro-batch-size "$micro" \
     --learning-rate 5e-7
