@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
@@ -150,7 +151,8 @@ def add_adapters(model, rank: int, device: torch.device, autocast) -> None:
         raise SystemExit("--lora-rank: needs `pip install peft`") from None
     # an alpha that does not grow with the rank lets one learning rate fit all ranks (thinkingmachines.ai/blog/lora);
     # dropout would make log-probs differ from pass to pass, as in load_model
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"))
+    settings = {"lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model.add_adapter(LoraConfig(r=rank, **settings))
     with autocast:
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     for layer in model.modules():
@@ -649,7 +651,8 @@ class Run:
         if WORLD_SIZE > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backends, timeout=timedelta(hours=1))  # the others wait where one writes or judges
             dist.broadcast_object_list(names)
         if RANK > 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -740,7 +743,7 @@ class Run:
         if anywhere(stopping) and RANK > 0:  # nobody leaves before it is written
             sys.exit(1)
         if stopping:
-            start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {WORLD_SIZE}"
+            start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
             fail(f"stopped after step {step}; go on with: {start} {sys.argv[0]} --resume {self.dir}")
 
     def check_finite(self, step: int, stats: dict, batch: tuple) -> None:
@@ -818,7 +821,9 @@ class Run:
         seconds = time.perf_counter() - self.start_time
         print(f"{self.name}: held-out accuracy {accuracy} in {seconds:.0f} s, model in {done}")
         if WORLD_SIZE > 1:
+            dist.barrier()  # nobody leaves before all is written
             dist.destroy_process_group()
+            time.sleep(0.5)  # while gloo drops its last tensors, or it may abort at exit (pytorch/pytorch#190489)
         return self.last
 
 

@@ -7,13 +7,14 @@
 # MODEL: HuggingFaceTB/SmolLM2-135M-Instruct or another; TRAIN and TEST: rows as README makes them of GSM8K's own files.
 # Sizes are for one GPU of 80 GB. QUICK=1 makes a few small steps, to see that everything runs, on a CPU too; its pairs are
 # of a shorter and a longer completion, as none is right yet.
-# LAUNCH="torchrun --nproc-per-node 8" uses eight GPUs. A run that is there is not made again.
+# LAUNCH="torchrun --nproc-per-node 8" uses eight GPUs. A run that is there is not made again, and one that was cut off goes
+# on. The curves need matplotlib.
 set -euo pipefail
 model=$1 train=$2 test=$3 out=$4
 here=$(cd "$(dirname "$0")/.." && pwd)
 read -r -a launch <<< "${LAUNCH:-python}"
 if [ -n "${QUICK:-}" ]; then
-    sft_steps=2 steps=2 prompts=2 samples=2 tokens=24 micro=4 eval=4 eval_every=2 pairs=8 reward=length
+    sft_steps=2 steps=2 prompts=8 samples=2 tokens=24 micro=4 eval=4 eval_every=2 pairs=8 reward=length
 else
     sft_steps=350 steps=300 prompts=32 samples=8 tokens=256 micro=64 eval=1319 eval_every=50 pairs=4000 reward=exact_answer
 fi
@@ -21,10 +22,12 @@ evaluation=(--eval-data "$test" --eval-prompts "$eval" --eval-every "$eval_every
 sampling=(--data "$train" --prompts-per-step "$prompts" --samples-per-prompt "$samples" --micro-batch-size "$micro")
 
 run() { # name, then a script and its flags
-    local name=$1 script=$2
+    local name=$1 script=$2 folder=$out/$1
     shift 2
-    if [ -d "$out/$name/model" ]; then return; fi
-    "${launch[@]}" "$here/$script.py" --output-dir "$out/$name" "${evaluation[@]}" "$@" 2> >(tee "$out/$name.log" >&2)
+    if [ -d "$folder/model" ]; then return; fi
+    local flags=(--output-dir "$folder" "${evaluation[@]}" "$@")
+    if [ -f "$folder/checkpoint/state.pt" ]; then flags=(--resume "$folder"); else rm -rf "$folder"; fi
+    "${launch[@]}" "$here/$script.py" "${flags[@]}" 2> >(tee -a "$out/$name.log" >&2)
 }
 
 mkdir -p "$out"

@@ -93,6 +93,6 @@ if __name__ == "__main__":
     common.AutoModelForCausalLM.from_pretrained, common.whole = load_double, checked(common.whole)
     if common.WORLD_SIZE > 1:  # one process group for all jobs
         torch.distributed.init_process_group("gloo")
-        torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda *backend: None
+        torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda *args, **settings: None
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(**job)
