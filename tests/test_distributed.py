@@ -224,7 +224,8 @@ def test_the_readmes_command_writes_and_says_everything_once(tmp_path):
         "import os, pathlib, torch\n"
         "def drawn(prompts, completions, **columns):\n"
         "    file = pathlib.Path(__file__).parent / os.environ['RANK']\n"
-        "    file.write_text(str(torch.random.get_rng_state().tolist()))\n"
+        "    if not file.exists():  # nothing is drawn before the first evaluation: only seeds differ\n"
+        "        file.write_text(str(torch.random.get_rng_state().tolist()))\n"
         "    return [float(completion.strip().isdigit()) for completion in completions]\n"
     )
     command = [*TORCHRUN, "grpo.py", "--output-dir", tmp_path / "run", "--num-steps", "3", "--eval-prompts", "41"]
