@@ -2,8 +2,10 @@
 
 python benchmarks/scaling.py --model FOLDER --data train.jsonl
 
-Each cell is a run of its own. Memory is the most that a process had, as the operating system counts it; bytes per
-parameter are those beyond what the embedded model's sft.py takes. On CPUs the processes share the threads of one.
+Each cell of the times has several runs: their medians, and how many times faster several processes were than one, with
+the range of the rounds, as machines are noisy. Memory is the most that a process had, as the operating system counts
+it; bytes per parameter are those beyond what the embedded model's sft.py takes. On CPUs the processes share the
+threads of one.
 """
 
 import json
@@ -49,6 +51,8 @@ class Args:
     """of each run"""
     threads: int = os.cpu_count() or 1
     """of all processes together"""
+    rounds: int = 3
+    """runs of each cell of the times, one cell after the other in each round"""
     tables: tuple[str, ...] = ("times", "memory")
     """to make"""
 
@@ -102,15 +106,35 @@ def main(args: Args) -> None:
     parameters = AutoModelForCausalLM.from_pretrained(args.model).num_parameters()
     large = ("--model", args.model, "--data", args.data)
     heads = [f"{n} process{'es' if n > 1 else ''}" for n in args.processes]
-    print(f"| seconds of a step: rollout + update | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
-    for script, sizes in TIMES.items() if "times" in args.tables else ():
-        for title, flags in ((f"{script}.py", ()), (f"{script}.py, {parameters / 1e6:.0f} M", (*large, *sizes))):
-            runs = [measure(f"{script}.py", flags, n, args.threads, 4 if flags else 20) for n in args.processes]
-            cells = [f"{run['rollout']:.3g} + {run['update']:.3g}" for run in runs]
-            print(f"| {title} | {' | '.join(cells)} |", flush=True)
-    if "memory" not in args.tables:
-        return
+    if "times" in args.tables:
+        times(args, large, f"{parameters / 1e6:.0f} M", heads)
+    if "memory" in args.tables:
+        memory(args, large, parameters, heads)
 
+
+def times(args: Args, large: tuple, size: str, heads: list[str]) -> None:
+    faster = [f"{head} faster by" for head in heads[1:]]
+    print(
+        f"| seconds of a step: rollout + update | {' | '.join(heads + faster)} |\n|---|{'---|' * len(heads + faster)}"
+    )
+    for script, sizes in TIMES.items():
+        for title, flags in ((f"{script}.py", ()), (f"{script}.py, {size}", (*large, *sizes))):
+            rounds = [
+                [measure(f"{script}.py", flags, n, args.threads, 4 if flags else 20) for n in args.processes]
+                for _ in range(args.rounds)
+            ]
+            cells = []
+            for runs in zip(*rounds):
+                rollout, update = (statistics.median(run[name] for run in runs) for name in ("rollout", "update"))
+                cells.append(f"{rollout:.3g} + {update:.3g}")
+            seconds = [[run["rollout"] + run["update"] for run in runs] for runs in zip(*rounds)]
+            for several in seconds[1:]:
+                ratios = sorted(one / more for one, more in zip(seconds[0], several))
+                cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+            print(f"| {title} | {' | '.join(cells)} |", flush=True)
+
+
+def memory(args: Args, large: tuple, parameters: int, heads: list[str]) -> None:
     # glibc keeps what is freed unless it is told to map it: then the count is of what is held
     held = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     base = measure("sft.py", ("--eval-prompts", "2"), 1, args.threads, 2, **held)["memory"]
