@@ -113,7 +113,7 @@ def main(args: Args) -> None:
 
 
 def times(args: Args, large: tuple, size: str, heads: list[str]) -> None:
-    faster = [f"{head} faster by" for head in heads[1:]]
+    faster = [f"speed of {n} over {args.processes[0]}" for n in args.processes[1:]]
     print(
         f"| seconds of a step: rollout + update | {' | '.join(heads + faster)} |\n|---|{'---|' * len(heads + faster)}"
     )
