@@ -40,6 +40,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 transformers.utils.logging.disable_progress_bar()
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+GPUS = torch.cuda.device_count()
+if WORLD_SIZE > 1 and GPUS:  # before a reward puts a model on one
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % GPUS)
 
 Row = dict  # one line of data: "prompt" and any further columns
 bars = []  # of runs that are under way
@@ -120,9 +123,11 @@ def shard(module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard  # takes as long as torch itself
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for layer in reversed(list(module.modules())):  # inner ones first
-        if isinstance(layer, GradientCheckpointingLayer):
-            fully_shard(layer, mesh=device_mesh(device.type))
+    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in reversed(layers):  # inner ones first
+        fully_shard(layer, mesh=device_mesh(device.type))
+    for layer, following in itertools.pairwise(layers):  # is gathered meanwhile: FSDP only does that from the root on
+        layer.set_modules_to_forward_prefetch([following])
     fully_shard(module, mesh=device_mesh(device.type), reshard_after_forward=False)
     sharded.append(module)
 
@@ -152,7 +157,10 @@ def add_adapters(model, rank: int, device: torch.device, autocast) -> None:
     # an alpha that does not grow with the rank lets one learning rate fit all ranks (thinkingmachines.ai/blog/lora);
     # dropout would make log-probs differ from pass to pass, as in load_model
     settings = {"lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    model.add_adapter(LoraConfig(r=rank, **settings))
+    try:
+        model.add_adapter(LoraConfig(r=rank, **settings))
+    except ValueError as error:  # a layer that peft cannot adapt
+        raise SystemExit(f"--lora-rank: {str(error).splitlines()[0]}") from None
     with autocast:
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     for layer in model.modules():
@@ -251,9 +259,11 @@ def load_model(
         add_adapters(model, lora_rank, device, autocast)
     if gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its old name
-        enable({"use_reentrant": False})
-        if not getattr(model.base_model, "gradient_checkpointing", False):
-            raise SystemExit(f"--gradient-checkpointing: {named_by} {path} has none; leave it out")
+        try:
+            enable({"use_reentrant": False})
+        except ValueError:
+            raise SystemExit(f"--gradient-checkpointing: {named_by} {path} has none; leave it out") from None
+        model.base_model.gradient_checkpointing = True  # OPT has it a level below; hidden_states looks for it here
 
         def set_mode(trunk, inputs):
             # it needs train mode, in which a KV cache is dropped without a word (huggingface/transformers#36051), so no
@@ -284,7 +294,8 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)
     scale, scaling = getattr(config, "logit_scale", None) or 1.0, getattr(config, "logits_scaling", 1.0)
-    logits = logits * scale / scaling  # Cohere's, Granite's
+    multiplier = getattr(config, "lm_head_multiplier", 1.0)
+    logits = logits * scale / scaling * multiplier  # Cohere's, Granite's, Falcon-H1's
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -504,7 +515,10 @@ def call_reward(name: str, function: Callable, rows: list[Row], texts: list[str]
     completions = [text if isinstance(prompt, str) else turn for prompt, text, turn in zip(prompts, texts, turns)]
     columns = dict.fromkeys(column for row in rows for column in row if column != "prompt")
     try:
-        values = list(function(prompts, completions, **{name: [row.get(name) for row in rows] for name in columns}))
+        with contextlib.ExitStack() as stack:
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):  # in evaluations it is on
+                stack.enter_context(torch.autocast(kind, enabled=False))  # and must not change a reward model's scores
+            values = list(function(prompts, completions, **{name: [row.get(name) for row in rows] for name in columns}))
     except Exception as error:
         fail(f"reward {name}: raised {describe(error)}")
     if len(values) != len(rows):
@@ -601,6 +615,11 @@ def check_args(args):
                 raise SystemExit(f"--{name.replace('_', '-')}: {value}, but it must be {bound}")
     if args.prompts_per_step % WORLD_SIZE:
         raise SystemExit(f"--prompts-per-step: {args.prompts_per_step} do not divide among {WORLD_SIZE} processes")
+    if WORLD_SIZE > 1 and ":" in args.device:
+        kind = args.device.partition(":")[0]
+        raise SystemExit(f"--device {args.device}: each process has a GPU of its own; give --device {kind}")
+    if args.device != "cpu" and 0 < GPUS < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise SystemExit(f"--nproc-per-node: more processes than the {GPUS} GPUs; lower it, or give --device cpu")
     if args.merge_adapters and not args.lora_rank:
         raise SystemExit("--merge-adapters: there are none without --lora-rank")
     if args.track != "none" and not importlib.util.find_spec(args.track):
@@ -649,9 +668,7 @@ class Run:
         self.name = Path(sys.modules[type(args).__module__].__file__).stem
         names = [args.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"]
         if WORLD_SIZE > 1:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            backends = "cpu:gloo,cuda:nccl" if GPUS else "gloo"
             dist.init_process_group(backends, timeout=timedelta(hours=1))  # the others wait where one writes or judges
             dist.broadcast_object_list(names)
         if RANK > 0:
@@ -712,10 +729,12 @@ class Run:
         return done
 
     def stop(self, number: int, frame) -> None:
-        self.stopping = True
-        if WORLD_SIZE == 1:  # a scheduler and torchrun may both send the same signal
+        known, self.stopping = self.stopping, True
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
-        self.bar.write("stopping after this step; once more to stop at once, back to the last checkpoint")
+            self.bar.write("stopping after this step; once more to stop at once, back to the last checkpoint")
+        elif not known:  # torchrun and a scheduler may both send the same signal
+            self.bar.write("stopping after this step")
 
     def save(self, step: int, parts: dict) -> None:
         """Every --save-every steps, and after a Ctrl-C, write all that an exact resume needs.

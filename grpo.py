@@ -230,7 +230,8 @@ def hidden_states(trunk, prompt_ids, prompt_mask, completion_ids, completion_mas
     attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)  # [B, P+T]
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     P = prompt_ids.shape[1]
-    linear = "linear_attention" in (getattr(trunk.config, "layer_types", None) or ())  # whose cache is written in place
+    kinds = getattr(trunk.config, "layer_types", None) or ()
+    linear = "linear_attention" in kinds or "hybrid" in kinds  # whose cache is written in place
     checkpointing = getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()  # it allows no cache
     if common.anywhere(2 * len(prompts) > len(prompt_ids) or linear or checkpointing):
         input_ids = torch.cat([prompt_ids, completion_ids], 1)

@@ -1,5 +1,6 @@
 """LoRA and gradient checkpointing: what they change, and what they must not."""
 
+import contextlib
 import sys
 
 import common
@@ -16,7 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_scripts import SCRIPTS, read_jsonl
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 CPU = torch.device("cpu")
 SMALL = {"prompts_per_step": 4, "eval_prompts": 4, "eval_every": 2, "num_steps": 2, "save_every": 2}
@@ -147,8 +155,15 @@ def test_lora_and_peft_are_named_where_they_are_missing(monkeypatch):
         common.check_args(sft.Args(lora_rank=-1))
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_layer_that_peft_cannot_adapt_is_said():
+    """A Mamba's output projection, of which its kernel reads the weight alone."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = FalconH1ForCausalLM(FalconH1Config(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, **sizes))
+    with pytest.raises(SystemExit, match=r"--lora-rank: .*out_proj"):
+        common.add_adapters(model, 2, CPU, contextlib.nullcontext())
+
+
+@pytest.mark.parametrize(("script", "lora_rank"), [*((script, 0) for script in SCRIPTS), ("grpo", 2), ("ppo", 2)])
 def test_gradient_checkpointing_changes_no_figure(script, lora_rank, tmp_path):
     """The rollouts are the same tokens, and the weights differ by rounding, as no prompt is shared in the update."""
     runs = []
@@ -188,7 +203,26 @@ def test_gradient_checkpointing_computes_layers_twice_in_updates_and_no_rollout_
     assert modes == [checkpointing] * (1 + checkpointing) * len(model.base_model.layers)
 
 
-def test_gradient_checkpointing_that_a_model_has_not_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.PreTrainedModel._set_gradient_checkpointing", lambda self, *a, **k: None)
+def test_gradient_checkpointing_of_a_model_that_has_it_a_level_below(tmp_path):
+    """OPT's decoder: with prompts to share, whose cache it would drop without a word."""
+    tokenizer = common.load_model("models/arithmetic", CPU)[1]
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    results = []
+    for checkpointing in (False, True):
+        model = common.load_model(str(tmp_path), CPU, gradient_checkpointing=checkpointing)[0]
+        prompt_ids, prompt_mask = grpo.pad([[5, 6, 7]] * 4, "left", CPU)
+        logprobs = grpo.token_logprobs(
+            model, prompt_ids, prompt_mask, *grpo.pad([[8, 9], [10], [11, 12], [9]], "right", CPU)
+        )
+        logprobs[0, 1].backward()
+        results.append((logprobs.detach(), model.get_input_embeddings().weight.grad))
+    for plain, checkpointed in zip(*results):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_checkpointing_that_a_model_has_not_is_said(monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
     with pytest.raises(SystemExit, match=r"--gradient-checkpointing: --model .*arithmetic has none; leave it out"):
         common.load_model("models/arithmetic", CPU, gradient_checkpointing=True)

@@ -233,3 +233,15 @@ def test_other_mistakes_are_one_line(tmp_path, tokenizer):
         common.load_reward(("exact_answer",), ())([{"prompt": "a"}], ["b"])
     with pytest.raises(SystemExit, match="no chat template"):
         common.prompt_tokens(tokenizer, [{"role": "user", "content": "hi"}])
+
+
+def test_a_reward_computes_the_same_in_evaluations_which_run_under_autocast():
+    seen = []
+
+    def reward(prompts, completions):
+        seen.append((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
+        return [1.0]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        common.call_reward("reward", reward, [{"prompt": "2 + 2"}], ["4"])
+    assert seen == [torch.float32]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 import grpo
@@ -276,6 +277,26 @@ def test_ctrl_c_on_one_process_saves_on_all(tmp_path):
     told = f"stopped after step {steps[-1]}; go on with: torchrun --nproc-per-node 2 sft.py --resume {tmp_path / 'run'}"
     assert process.returncode != 0 and told in errors
     assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["step"] == steps[-1] < 2000
+
+
+def test_a_signal_that_both_torchrun_and_a_scheduler_send_does_not_end_at_once(monkeypatch):
+    told, before = [], signal.getsignal(signal.SIGTERM)
+    run = SimpleNamespace(stopping=False, bar=SimpleNamespace(write=told.append))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for _ in range(2):
+        common.Run.stop(run, signal.SIGTERM, None)
+    assert run.stopping and told == ["stopping after this step"] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_gpus_that_do_not_fit_the_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(common, "WORLD_SIZE", 2)
+    with pytest.raises(SystemExit, match="--device cuda:1: each process has a GPU of its own; give --device cuda"):
+        common.check_args(grpo.Args(device="cuda:1"))
+    monkeypatch.setattr(common, "GPUS", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="--nproc-per-node: more processes than the 1 GPUs; lower it, or"):
+        common.check_args(grpo.Args())
+    common.check_args(grpo.Args(device="cpu"))
 
 
 def test_prompts_that_do_not_divide_among_processes_are_refused(monkeypatch, place):

@@ -227,6 +227,7 @@ def test_gradient_checkpointing_gets_the_same_gradient(model):
         ("Granite", {"logits_scaling": 3.0}),
         ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
         ("Qwen3_5Text", {"layer_types": ["linear_attention", "full_attention"]}),
+        ("FalconH1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
         ("Mpt", {}),
     ],
 )
@@ -242,6 +243,7 @@ def test_architectures_of_other_kinds(architecture, settings):
     config = config_class(vocab_size=300, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     prompt_ids, prompt_mask = padded(GROUPS)
+    scored(model, GROUPS, [completion[:2] for completion in COMPLETIONS])  # one new token has kernels of its own
     logprobs, gradient = scored(model, GROUPS, COMPLETIONS)
     model.zero_grad()
     ids = torch.tensor([c + [99] * (6 - len(c)) for c in COMPLETIONS[:11]])
