@@ -293,9 +293,9 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
     """
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)
-    scale, scaling = getattr(config, "logit_scale", None) or 1.0, getattr(config, "logits_scaling", 1.0)
-    multiplier = getattr(config, "lm_head_multiplier", 1.0)
-    logits = logits * scale / scaling * multiplier  # Cohere's, Granite's, Falcon-H1's
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere's; then Falcon-H1's and Granite's
+    scale *= getattr(config, "lm_head_multiplier", 1.0) / getattr(config, "logits_scaling", 1.0)
+    logits = logits if scale == 1.0 else logits * scale
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
