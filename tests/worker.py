@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -91,8 +92,11 @@ def run(script: str, args: dict, die: tuple[int, int] = (-1, -1), own_rollout: b
 
 if __name__ == "__main__":
     common.AutoModelForCausalLM.from_pretrained, common.whole = load_double, checked(common.whole)
-    if common.WORLD_SIZE > 1:  # one process group for all jobs
+    sleep = time.sleep
+    if common.WORLD_SIZE > 1:  # one process group for all jobs, and one end
         torch.distributed.init_process_group("gloo")
         torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda *args, **settings: None
+        time.sleep = lambda seconds: None
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(**job)
+    sleep(0.5)
