@@ -40,7 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 transformers.utils.logging.disable_progress_bar()
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-GPUS = torch.cuda.device_count()
+GPUS = torch.cuda.device_count()  # of this machine
 if WORLD_SIZE > 1 and GPUS:  # before a reward puts a model on one
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % GPUS)
 
@@ -66,7 +66,8 @@ def mean(value):
     """The mean over the processes of a number or tensor that each of them has; with one process the value itself.
 
     Gradients, and what Run.log gets, are averaged over the processes too. So a sum that each process divides by the
-    mean of all counts comes out as if one process had done the whole batch.
+    mean of all counts comes out as if one process had done the whole batch. Such a mean is 1 / WORLD_SIZE where one
+    process has 1 and the others 0: against a division by 0 it is clamped at 1e-3, not at 1.
     """
     if WORLD_SIZE == 1:
         return value
@@ -759,9 +760,11 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(new, self.checkpoint)
-        if anywhere(stopping) and RANK > 0:  # nobody leaves before it is written
-            sys.exit(1)
         if stopping:
+            if WORLD_SIZE > 1:
+                dist.barrier()  # nobody leaves before it is written
+            if RANK > 0:  # the first one tells
+                sys.exit(1)
             start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
             fail(f"stopped after step {step}; go on with: {start} {sys.argv[0]} --resume {self.dir}")
 

@@ -492,7 +492,7 @@ def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
     args = common.check_args(args)
     if args.prompts_per_step // common.WORLD_SIZE * args.samples_per_prompt % args.num_minibatches:
-        raise SystemExit("--num-minibatches: the completions of a step do not divide into so many equal parts")
+        raise SystemExit("--num-minibatches: a step's completions, of each process, do not divide into so many parts")
     if args.samples_per_prompt < 2:
         raise SystemExit("--samples-per-prompt: a completion is compared with others of its prompt, so give 2 or more")
     for name, setting in PAPER_SETTINGS[args.loss_type].items():

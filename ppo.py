@@ -278,6 +278,7 @@ class ValueModel(torch.nn.Module):
     def forward(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
         """Values [B, T+1]: of the state that each token is sampled in, and of the state after the last token."""
         hidden = hidden_states(self.trunk, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [B, T+1, H]
+        # flat, as FSDP2 warns of the view that a linear layer makes of three dimensions
         return self.head(hidden.flatten(0, 1)).view(hidden.shape[:2]).float()
 
 
@@ -347,7 +348,7 @@ def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of every metric."""
     args = common.check_args(args)
     if args.prompts_per_step // common.WORLD_SIZE * args.samples_per_prompt % args.num_minibatches:
-        raise SystemExit("--num-minibatches: the completions of a step do not divide into so many equal parts")
+        raise SystemExit("--num-minibatches: a step's completions, of each process, do not divide into so many parts")
     columns = ("prompt",)
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=columns)
     score = common.load_reward(args.reward, args.reward_weights)

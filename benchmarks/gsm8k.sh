@@ -26,7 +26,11 @@ run() { # name, then a script and its flags
     shift 2
     if [ -d "$folder/model" ]; then return; fi
     local flags=(--output-dir "$folder" "${evaluation[@]}" "$@")
-    if [ -f "$folder/checkpoint/state.pt" ]; then flags=(--resume "$folder"); else rm -rf "$folder"; fi
+    if [ -f "$folder/checkpoint/state.pt" ]; then
+        flags=(--resume "$folder")
+    elif [ -f "$folder/args.json" ]; then # cut off before it first saved
+        rm -r "$folder"
+    fi
     "${launch[@]}" "$here/$script.py" "${flags[@]}" 2> >(tee -a "$out/$name.log" >&2)
 }
 
@@ -38,12 +42,13 @@ run rejection_sampling rejection_sampling "${start[@]}" "${sampling[@]}" --learn
 run reinforce reinforce "${start[@]}" "${sampling[@]}" --learning-rate 2e-6
 run ppo ppo "${start[@]}" "${sampling[@]}" --learning-rate 2e-6 --value-learning-rate 1e-5
 run grpo grpo "${start[@]}" "${sampling[@]}" --learning-rate 2e-6
-run grape grape "${start[@]}" "${sampling[@]}" --learning-rate 2e-6 --rubric rubrics/gsm8k.json
+run grape grape "${start[@]}" "${sampling[@]}" --learning-rate 2e-6 --rubric "$here/rubrics/gsm8k.json"
 run trpo trpo "${start[@]}" "${sampling[@]}" --damping 0.1 --fisher-samples 1
 
 if [ ! -s "$out/pairs.jsonl" ]; then
-    python "$here/benchmarks/pairs.py" --model "$out/sft/model" --data "$train" --output "$out/pairs.jsonl" \
+    python "$here/benchmarks/pairs.py" --model "$out/sft/model" --data "$train" --output "$out/pairs.part" \
         --prompts "$pairs" --samples-per-prompt "$samples" --max-new-tokens "$tokens" --reward "$reward"
+    mv "$out/pairs.part" "$out/pairs.jsonl"
 fi
 run dpo dpo "${start[@]}" --data "$out/pairs.jsonl" --prompts-per-step "$prompts" --micro-batch-size "$micro" \
     --learning-rate 5e-7

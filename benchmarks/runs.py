@@ -19,9 +19,10 @@ class Args:
 def main(args: Args) -> None:
     print("| run | steps | before | after | best | seconds | GB |\n|---|---|---|---|---|---|---|")
     for run in args.runs:
-        if not (run / "metrics.jsonl").is_file():
-            raise SystemExit(f"{run}: not the folder of a run")
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        metrics = run / "metrics.jsonl"
+        if not metrics.is_file() or not metrics.stat().st_size:
+            raise SystemExit(f"{run}: not the folder of a run that has measured anything")
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
         accuracies = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
         measured = " | ".join(f"{value:.3f}" for value in (accuracies[0], accuracies[-1], max(accuracies)))
         memory = max(row["memory/peak"] for row in rows)

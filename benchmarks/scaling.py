@@ -113,6 +113,7 @@ def main(args: Args) -> None:
 
 
 def times(args: Args, large: tuple, size: str, heads: list[str]) -> None:
+    """Print the table of seconds, of the embedded model and of the large one."""
     faster = [f"speed of {n} over {args.processes[0]}" for n in args.processes[1:]]
     print(
         f"| seconds of a step: rollout + update | {' | '.join(heads + faster)} |\n|---|{'---|' * len(heads + faster)}"
@@ -135,6 +136,7 @@ def times(args: Args, large: tuple, size: str, heads: list[str]) -> None:
 
 
 def memory(args: Args, large: tuple, parameters: int, heads: list[str]) -> None:
+    """Print the table of memory, of the large model."""
     # glibc keeps what is freed unless it is told to map it: then the count is of what is held
     held = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     base = measure("sft.py", ("--eval-prompts", "2"), 1, args.threads, 2, **held)["memory"]

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import common
 import sft
@@ -233,6 +234,13 @@ def test_other_mistakes_are_one_line(tmp_path, tokenizer):
         common.load_reward(("exact_answer",), ())([{"prompt": "a"}], ["b"])
     with pytest.raises(SystemExit, match="no chat template"):
         common.prompt_tokens(tokenizer, [{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+def test_peak_memory_is_what_the_kernel_counts_in_gigabytes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    counted = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+    assert common.peak_memory() == pytest.approx(counted[0] * 1024 / 1e9, rel=0.02)
 
 
 def test_a_reward_computes_the_same_in_evaluations_which_run_under_autocast():
