@@ -342,8 +342,11 @@ def surrogate_and_kl(model, old_model, chunks, *, temperature):
     """The surrogate and the KL to the old policy, per token, of the parameters as they are: a fresh forward of both."""
     tokens = common.mean(sum(chunk[3].sum() for chunk in chunks)).clamp(min=1e-3)
     surrogate = kl = 0.0
+    wide = torch.float32 if tokens.device.type == "mps" else torch.float64
     for *chunk, advantages in chunks:
         old, new = (next_token_logprobs(m, *chunk, temperature=temperature) for m in (old_model, model))
+        # normalised once more: that float32's probabilities do not quite add up to 1 moves a KL by 1e-7
+        old, new = (x.to(wide).log_softmax(-1) for x in (old, new))
         kl += ((old.exp() * (old - new)).sum(-1) * chunk[-1]).sum() / tokens
         old, new = (x.gather(-1, chunk[2][..., None])[..., 0] for x in (old, new))
         surrogate -= policy_loss(new, old, advantages, chunk[-1], normalizer=tokens)

@@ -2,6 +2,7 @@ import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker of pytest-xdist has a core, and what it starts as well
 
 import common
 

@@ -668,6 +668,14 @@ MUTATIONS = [
     ),
     Mutation(
         "D12",
+        "of which float32 tells a KL of 1e-8 too,",
+        "trpo.py",
+        "old, new = (x.to(wide).log_softmax(-1) for x in (old, new))",
+        "pass",
+        TRPO + "a_kl_of_1e_8_can_be_measured_with_a_model_in_float32",
+    ),
+    Mutation(
+        "D12",
         "and a failed search restores the parameters.",
         "trpo.py",
         "        parameter.copy_(old_parameter)\n",
@@ -1078,7 +1086,7 @@ def write_page() -> None:
 def outcome(folder: Path, *tests: str) -> int:
     """pytest's exit status for these tests in a copy of the repository."""
     paths = [f"tests/{test}" for test in tests]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *paths]
     return subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
 
 

@@ -1,6 +1,6 @@
 """Several processes do what one does: the same updates, metrics and files; and they end together.
 
-Two processes run under torchrun with gloo, on sharded models; worker.py has the runs.
+Two processes with gloo, on sharded models, some of them under torchrun; worker.py has the runs.
 """
 
 import json
@@ -19,6 +19,7 @@ import grpo
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, random_model
+from process import Script
 from safetensors.torch import load_file
 from test_scripts import REPO, read_jsonl
 from test_update import JUDGE
@@ -35,10 +36,13 @@ def launch(command, **environment):
     )
 
 
-def work(folder, jobs, processes):
+def work(folder, jobs, processes, torchrun=False):
     file = folder / f"jobs-{time.monotonic_ns()}.json"
     file.write_text(json.dumps(jobs))
-    return launch([*(TORCHRUN if processes == 2 else [sys.executable]), REPO / "tests" / "worker.py", file])
+    command = [REPO / "tests" / "worker.py", file]
+    if torchrun:
+        return launch([*TORCHRUN, *command])
+    return Script(command, cwd=REPO, processes=processes, CUDA_VISIBLE_DEVICES="").wait()
 
 
 def weights(folder):
@@ -184,10 +188,10 @@ def stopped(place):
     for processes, names in ((1, ["ppo"]), (2, jobs)):
         for name, own in ((name, jobs[name]) for name in names):
             killed = job(place, name, place / "killed" / str(processes) / name, **RESUMED, **own)
-            start = time.monotonic()
-            done = work(place, [killed | {"die": [processes - 1, 4]}], processes)
+            torchrun, start = (processes, name) == (2, "ppo"), time.monotonic()
+            done = work(place, [killed | {"die": [processes - 1, 4]}], processes, torchrun)
             assert done.returncode != 0 and time.monotonic() - start < 60
-            if processes == 2:
+            if torchrun:
                 assert "Signal 9 (SIGKILL)" in done.stderr
     random["args"]["output_dir"] = str(place / "killed" / "random")
     assert work(place, [random | {"die": [1, 4]}], 2).returncode != 0

@@ -2,13 +2,12 @@
 
 import ast
 import json
-import subprocess
-import sys
 
 import common
 
 import pytest
 import torch
+from process import run_python
 from test_runs import Killed, die_at
 from test_scripts import REPO, SAMPLING, SCRIPTS
 from transformers import BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM
@@ -242,7 +241,7 @@ def run_with(code, tmp_path):
     """The last line and the status of a real process that runs the code and then sft.py."""
     code += "\nimport sft\nsft.main(sft.Args(num_steps=2, prompts_per_step=2, eval_prompts=2, save_every=1, "
     code += f"output_dir={str(tmp_path / 'run')!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    done = run_python("-c", code, cwd=REPO)
     assert "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1], done.returncode
 

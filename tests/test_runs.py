@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import common
 
 import pytest
 import torch
+from process import Script, run_python
 from test_scripts import REPO, SCRIPTS, read_jsonl
 
 SMALL = {"prompts_per_step": 4, "eval_prompts": 4, "eval_every": 2, "num_steps": 5, "save_every": 2}
@@ -124,8 +124,7 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path):
     settings = SMALL | {"num_steps": 30, "save_every": 1, "samples_per_prompt": 4, "eval_every": 30}
     grpo = SCRIPTS["grpo"]
     grpo.main(grpo.Args(**settings, output_dir=str(tmp_path / "whole")))
-    command = [sys.executable, "-c", KILLER, tmp_path / "killed", json.dumps(settings), time.time_ns()]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=REPO)
+    done = run_python("-c", KILLER, tmp_path / "killed", json.dumps(settings), time.time_ns(), cwd=REPO)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) >= 1
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
@@ -153,7 +152,7 @@ def killed(*arguments):
 setattr(owner, name, killed)
 grpo.main(grpo.Args(output_dir="{folder}", **json.loads(sys.argv[1])))
 """
-    done = subprocess.run([sys.executable, "-c", patch, json.dumps(SMALL)], capture_output=True, cwd=REPO)
+    done = run_python("-c", patch, json.dumps(SMALL), cwd=REPO)
     assert done.returncode == -signal.SIGKILL
     assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
     grpo = SCRIPTS["grpo"]
@@ -164,17 +163,16 @@ grpo.main(grpo.Args(output_dir="{folder}", **json.loads(sys.argv[1])))
 
 def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(tmp_path):
     settings = ["--num-steps", "100000", "--prompts-per-step", "4", "--eval-prompts", "4", "--eval-every", "100000"]
-    command = [sys.executable, str(REPO / "reinforce.py"), *settings, "--save-every", "0", "--output-dir", "run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = Script([REPO / "reinforce.py", *settings, "--save-every", "0", "--output-dir", "run"], cwd=tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    done = process.wait(60)
     steps = read_jsonl(metrics)[-1]["step"]
-    last = errors.strip().splitlines()[-1]
-    assert process.returncode == 1 and "Traceback" not in errors
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     assert last == f"stopped after step {steps}; go on with: python {REPO / 'reinforce.py'} --resume run"
     assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["step"] == steps
 

@@ -1,5 +1,6 @@
 """TRPO's parts against linear algebra on explicit matrices, and the bound in a real run."""
 
+import copy
 import json
 
 import common
@@ -81,12 +82,26 @@ def test_surrogate_and_kl_of_another_policy(small_model):
     new = trpo.token_logprobs(other, *BATCH, temperature=0.7)
     expected = ((new - old).exp() * advantages[:, None] * MASK).sum() / MASK.sum()
     chunks = [(*BATCH, advantages)]
-    surrogate, kl = trpo.surrogate_and_kl(other, small_model, chunks, temperature=0.7)
+    surrogate, kl = (x.float() for x in trpo.surrogate_and_kl(other, small_model, chunks, temperature=0.7))
     torch.testing.assert_close(surrogate, expected)
     old, new = (trpo.next_token_logprobs(model, *BATCH, temperature=0.7) for model in (small_model, other))
     expected = torch.nn.functional.kl_div(new, old, log_target=True, reduction="none").sum(-1)  # KL(old || new)
     torch.testing.assert_close(kl, (expected * MASK).sum() / MASK.sum())
     assert kl > 0.01
+
+
+def test_a_kl_of_1e_8_can_be_measured_with_a_model_in_float32(small_model, monkeypatch):
+    """As well as in float64: what its probabilities lack of 1, some 1e-7, does not count as a part of the KL."""
+    other = copy.deepcopy(small_model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.0003)
+    chunks = [(*BATCH, torch.ones(3))]
+    surrogate, kl = trpo.surrogate_and_kl(other, small_model, chunks, temperature=0.7)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    exact = trpo.surrogate_and_kl(other.double(), small_model.double(), chunks, temperature=0.7)
+    assert 1e-8 < exact[1] < 1e-7
+    assert kl.item() == pytest.approx(exact[1].item(), rel=0.01)
+    assert surrogate.item() == pytest.approx(exact[0].item(), abs=2e-6)
 
 
 def test_conjugate_gradient_solves():
@@ -174,13 +189,29 @@ def test_a_failed_search_changes_nothing(tmp_path, monkeypatch):
     assert all((before[name] == after[name]).all() for name in before)
 
 
-def test_a_small_step_has_the_kl_that_is_predicted(tmp_path):
+def test_a_small_step_has_the_kl_that_is_predicted(tmp_path, monkeypatch, double):
     """sqrt(2 d / x'Fx) x: with F over the whole batch, the KL measured after it tends to d as d does to 0.
 
-    The share is 0.65 for d = 1e-4, 0.84 for 1e-5, 0.94 for 1e-6, and in float64 0.993 for 1e-8: the third order.
+    The share is 0.986 for d = 1e-4, 0.995 for 1e-6, 0.998 for 1e-7 and 0.9994 for 1e-8: the third order.
     """
-    args = trpo.Args(num_steps=1, prompts_per_step=16, max_kl=1e-6, fisher_samples=4, eval_prompts=2)
+    rollout = trpo.rollout
+
+    def in_float32(*args, **settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "float", lambda tensor: tensor.to(torch.float32))
+            return rollout(*args, **settings)
+
+    monkeypatch.setattr(trpo, "rollout", in_float32)
+    args = trpo.Args(num_steps=1, prompts_per_step=16, max_kl=1e-8, fisher_samples=4, eval_prompts=2)
     args.output_dir = str(tmp_path / "run")
     metrics = trpo.main(args)
     assert metrics["line_search/fraction"] == 1.0
-    assert metrics["kl/old"] == pytest.approx(1e-6, rel=0.1) == metrics["kl/predicted"]
+    assert metrics["kl/old"] == pytest.approx(1e-8, rel=0.01) == metrics["kl/predicted"]
+
+
+def test_float32_tells_whether_a_step_is_within_a_small_bound(tmp_path):
+    """The step above in float32: its KL is 0.998 of the bound, and must not be measured as more than the bound."""
+    args = trpo.Args(num_steps=1, prompts_per_step=16, max_kl=1e-7, fisher_samples=4, eval_prompts=2)
+    args.output_dir = str(tmp_path / "run")
+    metrics = trpo.main(args)
+    assert metrics["line_search/fraction"] == 1.0 and metrics["kl/old"] == pytest.approx(0.998e-7, rel=0.02)
