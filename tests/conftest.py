@@ -49,6 +49,18 @@ def double(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+def sample_in_float32(module, monkeypatch):
+    """Within `double`: the script's rollout stays in float32, as it stores what it samples so."""
+    rollout = module.rollout
+
+    def in_float32(*args, **settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "float", lambda tensor: tensor.to(torch.float32))
+            return rollout(*args, **settings)
+
+    monkeypatch.setattr(module, "rollout", in_float32)
+
+
 @pytest.fixture(params=["llama", "gpt2", "qwen2"])
 def model(request):
     return random_model(request.param, stop_ids=(0, 22, 87, 110, 120, 293))

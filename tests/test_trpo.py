@@ -8,7 +8,7 @@ import trpo
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, sample_in_float32
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 V = 5
@@ -194,14 +194,7 @@ def test_a_small_step_has_the_kl_that_is_predicted(tmp_path, monkeypatch, double
 
     The share is 0.986 for d = 1e-4, 0.995 for 1e-6, 0.998 for 1e-7 and 0.9994 for 1e-8: the third order.
     """
-    rollout = trpo.rollout
-
-    def in_float32(*args, **settings):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "float", lambda tensor: tensor.to(torch.float32))
-            return rollout(*args, **settings)
-
-    monkeypatch.setattr(trpo, "rollout", in_float32)
+    sample_in_float32(trpo, monkeypatch)
     args = trpo.Args(num_steps=1, prompts_per_step=16, max_kl=1e-8, fisher_samples=4, eval_prompts=2)
     args.output_dir = str(tmp_path / "run")
     metrics = trpo.main(args)
