@@ -1,10 +1,9 @@
-"""What every script needs and no algorithm owns: model loading, several processes, data, reward stubs, bookkeeping.
+"""What every script needs and no algorithm owns: processes, models, data, rewards and the bookkeeping of a run.
 
-A mistake that a user can make ends in SystemExit with one line: what is wrong, where, and how to mend it.
+What a user can get wrong ends in SystemExit with one line: what is wrong, where, and how to mend it.
 """
 
 import contextlib
-import errno
 import hashlib
 import importlib.util
 import itertools
@@ -14,85 +13,108 @@ import os
 import random
 import re
 import runpy
-import shutil
+import shlex
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import timedelta
-from functools import cache, partial
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from types import MethodType
 
 # Threads spin while they wait for each other, which starves them once a core has other work: benchmarks/openmp.py
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-import numpy
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 transformers.utils.logging.disable_progress_bar()
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-GPUS = torch.cuda.device_count()  # of this machine
-if WORLD_SIZE > 1 and GPUS:  # before a reward puts a model on one
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % GPUS)
+if WORLD_SIZE > 1 and torch.cuda.is_available():  # before a reward file puts a model on the first GPU
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
-Row = dict  # one line of data: "prompt" and any further columns
-bars = []  # of runs that are under way
-sharded = []  # models and heads that are split among the processes
-
-
-def fail(message: str) -> NoReturn:
-    """End in one line, beneath the progress bar and not in the middle of it."""
-    for bar in bars:
-        bar.close()
-    raise SystemExit(message)
+POSITIVE = "prompts_per_step samples_per_prompt micro_batch_size max_new_tokens max_length temperature learning_rate "
+POSITIVE += "value_learning_rate max_grad_norm eval_every eval_prompts num_epochs num_minibatches max_kl "
+POSITIVE += "fisher_samples cg_iterations"
 
 
-def bundled(path: str) -> str:
-    """The path of a file or folder that comes with the scripts, for a relative path that does not exist here."""
-    beside = Path(__file__).parent / path
-    return str(beside) if beside.exists() and not Path(path).exists() else path
+def check_args(args):
+    """The flags, refused where they cannot work; with --resume those of that run.
 
-
-def mean(value):
-    """The mean over the processes of a number or tensor that each of them has; with one process the value itself.
-
-    Gradients, and what Run.log gets, are averaged over the processes too. So a sum that each process divides by the
-    mean of all counts comes out as if one process had done the whole batch. Such a mean is 1 / WORLD_SIZE where one
-    process has 1 and the others 0: against a division by 0 it is clamped at 1e-3, not at 1.
+    Only --device and --micro-batch-size may then be given anew: they change a result by its last digits at most.
     """
-    if WORLD_SIZE == 1:
-        return value
-    total = torch.as_tensor(value).clone()
-    dist.all_reduce(total)
-    return total / WORLD_SIZE
+    if args.resume:
+        own, stored = vars(args), {}
+        with contextlib.suppress(OSError, ValueError):
+            stored = json.loads(Path(args.resume, "args.json").read_text())
+        if stored.keys() != own.keys():
+            raise SystemExit(f"--resume {args.resume}: not the folder of a run of this script")
+        stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        stored |= {"resume": args.resume, "output_dir": args.resume}
+        given = {name for name in own if own[name] not in (stored[name], getattr(type(args), name))}
+        if fixed := [name for name in own if name in given - {"device", "micro_batch_size"}]:
+            flags = " ".join(f"--{name.replace('_', '-')}" for name in fixed)
+            raise SystemExit(f"--resume {args.resume}: goes on with that run's own settings; leave out {flags}")
+        args = type(args)(**stored | {name: own[name] for name in given})
+    for name in POSITIVE.split():
+        if not getattr(args, name, 1) > 0:  # as NaN is not
+            raise SystemExit(f"--{name.replace('_', '-')}: {getattr(args, name)}, but it must be more than 0")
+    if args.prompts_per_step % WORLD_SIZE:
+        raise SystemExit(f"--prompts-per-step: {args.prompts_per_step} do not divide among {WORLD_SIZE} processes")
+    for package in {"tensorboard": ("tensorboard",), "wandb": ("wandb", "tensorboard")}.get(args.track, ()):
+        if not importlib.util.find_spec(package):
+            raise SystemExit(f"--track {args.track}: needs `pip install {package}`")
+    return args
 
 
-def nanmean(values: torch.Tensor) -> torch.Tensor:
-    """The mean, over all processes, of the values that are not NaN."""
-    return mean(values.nansum()) / mean((~values.isnan()).sum().to(values.dtype))
+def pick_device(args) -> torch.device:
+    """The device of --device; auto is CUDA, else MPS, else the CPU."""
+    mps, cuda = torch.backends.mps.is_available() and WORLD_SIZE == 1, torch.cuda.is_available()
+    device = args.device if args.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if cuda and device != "cpu" and processes > 1 and (":" in device or processes > gpus):
+        raise SystemExit(f"--device {device}: {processes} processes need --device cuda and a GPU each, of {gpus} here")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
-def largest(value):
-    """The largest, over the processes, of a number or of each element of a tensor that all of them have."""
-    if WORLD_SIZE == 1:
-        return value
-    result = torch.as_tensor(value).clone()
-    dist.all_reduce(result, dist.ReduceOp.MAX)
-    return result if isinstance(value, torch.Tensor) else result.item()
+def autocast(args) -> torch.autocast:
+    """The context of forward passes: bfloat16 on CUDA, unless --dtype says otherwise.
+
+    Parameters stay float32: AdamW on bfloat16 ones rounds nearly every RL-sized step away (NVIDIA-NeMo/RL#2322).
+    """
+    kind = pick_device(args).type
+    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and kind == "cuda")
+    return torch.autocast(kind, torch.bfloat16, enabled=bfloat16)
+
+
+def total(value: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The sum of a tensor over all processes, as gradients are summed; or its maximum, or what the op is."""
+    value = value.clone()
+    if WORLD_SIZE > 1:
+        dist.all_reduce(value, op)
+    return value
 
 
 def anywhere(condition: bool) -> bool:
-    """Whether it holds on one process at least: sharded models need all processes to run the same passes."""
-    return bool(largest(int(condition)))
+    """Whether it holds on one process at least: FSDP needs all processes to run the same passes."""
+    return total(torch.tensor(float(condition))).item() > 0
 
 
 def share(rows: list) -> list:
@@ -108,37 +130,26 @@ def gather(items: list) -> list:
     return list(itertools.chain(*lists))
 
 
-@cache
-def device_mesh(kind: str):
-    return dist.init_device_mesh(kind, (WORLD_SIZE,))
+def shard(module, device: torch.device):
+    """The module on the device, its parameters, gradients and optimizer state split among the processes by FSDP2.
 
-
-def shard(module, device: torch.device) -> None:
-    """Split a module's parameters, gradients and optimizer state among the processes, if several, by torch's FSDP2.
-
-    Layer by layer whole parameters are gathered for a forward or backward pass and let go after it; embeddings and head
-    stay whole from the forward pass to the end of the backward pass, so that logits can be made chunk by chunk.
+    Each layer's parameters are gathered for its own pass; embeddings and head stay whole to the end of the backward
+    pass, so that logits can be made chunk by chunk. Gradients are summed over the processes, not averaged.
     """
-    if WORLD_SIZE == 1:
-        return
-    from torch.distributed.fsdp import fully_shard  # takes as long as torch itself
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    for layer in reversed(layers):  # inner ones first
-        fully_shard(layer, mesh=device_mesh(device.type))
-    for layer, following in itertools.pairwise(layers):  # is gathered meanwhile: FSDP only does that from the root on
-        layer.set_modules_to_forward_prefetch([following])
-    fully_shard(module, mesh=device_mesh(device.type), reshard_after_forward=False)
-    sharded.append(module)
+    if WORLD_SIZE > 1:
+        layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        mesh = dist.init_device_mesh(device.type, (WORLD_SIZE,))
+        for part in [*reversed(layers), module]:  # inner ones first
+            fully_shard(part, mesh=mesh, reshard_after_forward=part is not module)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other (pytorch/pytorch#190747)
+    return module.to(device)
 
 
 @contextlib.contextmanager
-def whole(model):
-    """Gather a sharded model's parameters once, for passes in which each process goes its own way; then let them go."""
-    for module in sharded:  # of which some are gathered still: a reference, which no backward pass lets go
-        module.reshard()
-    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+def gathered(model):
+    """All parameters of a sharded model on each process, for passes that differ from process to process."""
+    parts = [module for module in model.modules() if hasattr(module, "unshard")] if WORLD_SIZE > 1 and model else []
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -148,150 +159,120 @@ def whole(model):
         part.reshard()
 
 
-def add_adapters(model, rank: int, device: torch.device, autocast) -> None:
+def bundled(path: str) -> str:
+    """The path of a file or folder beside this file, for a relative path that does not exist here."""
+    beside = Path(__file__).parent / path
+    return str(beside) if beside.exists() and not Path(path).exists() else path
+
+
+def load_model(path: str, device: torch.device, *, train=None, sharded: bool = True, named_by: str = "--model"):
+    """A causal LM in float32, in eval mode for good, and its tokenizer, from a checkpoint folder or a hub id.
+
+    With the flags in `train` it gets --lora-rank adapters and --gradient-checkpointing. Settled here for all scripts:
+    - dropout is off: the log-probs of one completion must come out the same twice (arXiv 2403.17031, detail 5);
+    - `generation_config.eos_token_id` is the list of all ids that end a completion, the model's and the tokenizer's,
+      which differ for Qwen2.5 base (huggingface/trl#7039);
+    - logits of a padded vocabulary that no token has are cut off, for the sampler and the log-probs alike: training
+      raises them until one is sampled (vllm-project/vllm#13175);
+    - `model.trunk(**inputs)` is the pass without the head, from which FSDP gathers parameters too.
+    """
+    path = bundled(path)
+    if Path(path, "adapter_config.json").exists():
+        raise SystemExit(f"{named_by} {path}: adapters, not a model; merge them as docs/scaling.md shows")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # without dtype the checkpoint's own would be loaded, often bfloat16 (huggingface/transformers#42805)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
+    except Exception as error:  # a missing folder, another kind of model, a truncated file, ...
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise SystemExit(f"{named_by} {path}: not the folder or hub id of a causal language model ({reason})") from None
+    eos, vocab_size = model.generation_config.eos_token_id, max(tokenizer.get_vocab().values()) + 1
+    stop_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    if not stop_ids:
+        raise SystemExit(f"{named_by} {path}: no stop token; set eos_token_id in its generation_config.json")
+    # a new one: with the checkpoint's own sampling fields kept, saving could be refused after the training
+    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=min(stop_ids))
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits[..., :vocab_size])
+    ids = torch.tensor([[min(stop_ids), 0]])
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :1], use_cache=True)
+        cached = hasattr(getattr(first, "past_key_values", None), "reorder_cache")
+        logits = logits_of(model, model.base_model(input_ids=ids).last_hidden_state)
+        if not cached or not torch.allclose(first.logits, logits[:, :1], atol=1e-3, rtol=1e-3):
+            kind = "no causal language model with a KV cache, or one whose logits common.logits_of does not make"
+            raise SystemExit(f"{named_by} {path}: {kind}")
+    if train and train.lora_rank:
+        add_adapters(model, train)
+    if train and train.gradient_checkpointing:
+        layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not layers:
+            raise SystemExit(f"--gradient-checkpointing: {named_by} {path} has no layers to do it; leave it out")
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        model.base_model.recomputes = True
+    model.trunk = MethodType(lambda model, **inputs: model.base_model(**inputs), model)
+    if WORLD_SIZE > 1 and sharded:
+        shard(model, device)
+        register_fsdp_forward_method(model, "trunk")
+    return model.to(device), tokenizer
+
+
+def add_adapters(model, args) -> None:
     """Freeze the model and give each of its linear layers but the head a trainable LoRA adapter (arXiv 2106.09685)."""
     try:
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         raise SystemExit("--lora-rank: needs `pip install peft`") from None
-    # an alpha that does not grow with the rank lets one learning rate fit all ranks (thinkingmachines.ai/blog/lora);
-    # dropout would make log-probs differ from pass to pass, as in load_model
+    # an alpha that does not grow with the rank lets one learning rate fit all ranks (thinkingmachines.ai/blog/lora)
     settings = {"lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     try:
-        model.add_adapter(LoraConfig(r=rank, **settings))
+        model.add_adapter(LoraConfig(r=args.lora_rank, **settings))
     except ValueError as error:  # a layer that peft cannot adapt
         raise SystemExit(f"--lora-rank: {str(error).splitlines()[0]}") from None
-    with autocast:
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    with autocast(args):  # which keeps the casts of trained weights, but makes those of frozen ones in each pass anew
+        kind = pick_device(args).type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     for layer in model.modules():
         if dtype and isinstance(layer, BaseTunerLayer):
-            layer.base_layer.to(dtype)  # autocast would do so in each pass anew: it remembers only what is trained
+            layer.base_layer.to(dtype)
 
 
-class WithoutAdapters:
-    """A model, or a module of it, run with the model's adapters off: what the training started from, for free."""
+class AdaptersOff:
+    """A model with its adapters off: what the training started from, without a second copy."""
 
-    def __init__(self, model, module=None) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        self.model, self.module = model, module or model
-        self.layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    def __init__(self, model) -> None:
+        self.model, self.adapters = model, [m for m in model.modules() if hasattr(m, "_disable_adapters")]
 
     def __getattr__(self, name: str):
-        return getattr(self.module, name)
+        return getattr(self.model, name)
 
-    @property
-    def base_model(self):
-        return WithoutAdapters(self.model, self.model.base_model)
-
-    def __call__(self, **inputs):
-        for layer in self.layers:
+    def __call__(self, function=None, **inputs):
+        for layer in self.adapters:
             layer._disable_adapters = True  # peft's own way also ends their training, for good where FSDP shards them
         try:
-            return self.module(**inputs)
+            return (function or self.model)(**inputs)
         finally:
-            for layer in self.layers:
+            for layer in self.adapters:
                 layer._disable_adapters = False
+
+    def trunk(self, **inputs):
+        return self(self.model.trunk, **inputs)
 
 
 def load_reference(args, model, device: torch.device):
-    """The model that the training starts from; with --lora-rank that is the trained one without its adapters."""
-    return WithoutAdapters(model) if args.lora_rank else load_model(args.model, device)[0]
+    """The model that the training starts from; with --lora-rank the trained one without its adapters."""
+    return AdaptersOff(model) if args.lora_rank else load_model(args.model, device)[0]
 
 
-def load_model(
-    path: str,
-    device: torch.device,
-    *,
-    lora_rank: int = 0,
-    gradient_checkpointing: bool = False,
-    autocast: torch.autocast | None = None,
-    replicated: bool = False,
-    named_by: str = "--model",
-):
-    """A causal LM in float32, and its tokenizer, from a checkpoint folder or a hub id.
-
-    Of several processes each holds a share, unless it is replicated. What LoRA freezes has the dtype of the autocast.
-
-    Settled here once, so that no script has to think of it:
-    - dropout is 0: the log-probs of one completion must come out the same twice (arXiv 2403.17031, detail 5);
-    - `generation_config.eos_token_id` becomes the list of all ids that end a completion, the model's and the
-      tokenizer's, which differ for Qwen2.5 base (huggingface/trl#7039 shows what comes of knowing only one);
-    - logits of a padded vocabulary that no token owns are cut off, for the sampler and the log-probs alike: training
-      raises them until one is sampled (vllm-project/vllm#13175).
-    """
-    path, autocast = bundled(path), autocast or contextlib.nullcontext()
-    if Path(path, "adapter_config.json").exists():
-        raise SystemExit(f"{named_by} {path}: holds adapters, not a model; give that run --merge-adapters")
-    try:
-        config = AutoConfig.from_pretrained(path)
-        for part in (config, config.get_text_config()):
-            for name, value in vars(part).items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(part, name, 0.0)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        # without dtype the checkpoint's own would be loaded, often bfloat16 (huggingface/transformers#42805)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True)
-    except Exception as error:  # a missing folder, another kind of model, a truncated file, ...
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise SystemExit(f"{named_by} {path}: not the folder or hub id of a causal language model ({reason})") from None
-    eos = model.generation_config.eos_token_id
-    stop_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    if not stop_ids:
-        raise SystemExit(f"{named_by} {path}: no stop token; set eos_token_id in its generation_config.json")
-    # a new one: with the checkpoint's own sampling fields kept, saving could be refused after the training
-    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=min(stop_ids))
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits[..., :vocab_size])
-    with torch.no_grad():
-        probe, same = torch.tensor([[min(stop_ids), 0]]), partial(torch.allclose, atol=1e-3, rtol=1e-3)
-        inputs = {"input_ids": probe, "attention_mask": torch.ones_like(probe)}
-        output = model.eval()(**inputs, use_cache=True)
-        if not same(output.logits[:, :1], model(**{name: x[:, :1] for name, x in inputs.items()}).logits):
-            raise SystemExit(
-                f"{named_by} {path}: no causal language model; what it says of a token depends on later ones"
-            )
-        if not hasattr(getattr(output, "past_key_values", None), "reorder_cache"):
-            raise SystemExit(f"{named_by} {path}: has no KV cache, which sampling needs")
-        if not same(output.logits, logits_of(model, model.base_model(**inputs).last_hidden_state)):
-            raise SystemExit(f"{named_by} {path}: it scales its logits as common.logits_of does not; add it there")
-    if lora_rank:
-        add_adapters(model, lora_rank, device, autocast)
-    if gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its old name
-        try:
-            enable({"use_reentrant": False})
-        except ValueError:
-            raise SystemExit(f"--gradient-checkpointing: {named_by} {path} has none; leave it out") from None
-        model.base_model.gradient_checkpointing = True  # OPT has it a level below; hidden_states looks for it here
-
-        def set_mode(trunk, inputs):
-            # it needs train mode, in which a KV cache is dropped without a word (huggingface/transformers#36051), so no
-            # rollout may run in that mode
-            trunk.train(torch.is_grad_enabled())
-
-        model.base_model.register_forward_pre_hook(set_mode)
-    if not replicated:
-        shard(model, device)
-    model.to(device)
-    if model in sharded:
-
-        def unshard(trunk, inputs):  # passes begin at the trunk, and FSDP's at the model
-            model.unshard()
-
-        model.base_model.register_forward_pre_hook(unshard)
-        with torch.no_grad(), autocast:
-            model(**{name: x.to(device) for name, x in inputs.items()})  # FSDP's first pass must begin at the model
-        model.reshard()
-    return model, tokenizer
+def shares_prompts(trunk) -> bool:
+    """Whether gradients can flow through a prompt's KV cache: not if layers run twice, or write it in place."""
+    kinds = getattr(trunk.config, "layer_types", None) or ()
+    return not getattr(trunk, "recomputes", False) and not {"linear_attention", "hybrid"} & set(kinds)
 
 
 def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [.., V] of the trunk's hidden states [.., H], as the model's own forward pass has them: load_model checks.
-
-    So logits can be made of some positions at a time, and of none that nobody asks for.
-    """
+    """Logits [.., V] of some of the trunk's hidden states [.., H], as the model's own pass makes them."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere's; then Falcon-H1's and Granite's
@@ -301,11 +282,11 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def arithmetic() -> list[Row]:
+def arithmetic() -> list[dict]:
     """The built-in task: all sums of two numbers below 100, as prompts with answers, demonstrations and pairs.
 
-    Every other rejected answer forgets the carry, as the base model in models/arithmetic mostly does (37 + 48 is "75");
-    the rest is off in one digit or two, so that a preference for the carry alone does not tell right from wrong.
+    A rejected answer forgets the carry, as the base model in models/arithmetic mostly does (37 + 48 is "75"), or is off
+    in one digit or two, as a coin decides: so a preference for the carry alone does not tell right from wrong.
     """
     slips = random.Random(0)
     rows = []
@@ -322,18 +303,17 @@ def without_carry(a: int, b: int) -> int:
     return (a // 10 + b // 10) % 10 * 10 + (a + b) % 10
 
 
-def read_rows(source: str, columns: tuple[str, ...]) -> list[Row]:
+def read_rows(source: str, columns: tuple[str, ...]) -> list[dict]:
     """Rows of `arithmetic`, of a .jsonl file or of a hub data set's train split (`id` or `id:configuration`)."""
     if source == "arithmetic":
         return arithmetic()
     if Path(source).is_file():
         rows = []
-        with open(source, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    rows += [json.loads(line)] if line.strip() else []
-                except ValueError as error:  # no JSON, or no UTF-8
-                    raise SystemExit(f"{source}, line {number}: not JSON ({error})") from None
+        for number, line in enumerate(Path(source).read_bytes().splitlines(), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:  # no JSON, or no UTF-8
+                raise SystemExit(f"{source}, line {number}: not JSON ({error})") from None
     elif source.endswith((".jsonl", ".json")):
         raise SystemExit(f"--data {source}: no such file")
     else:
@@ -350,18 +330,13 @@ def read_rows(source: str, columns: tuple[str, ...]) -> list[Row]:
         raise SystemExit(f"--data {source}: has no rows")
     for number, row in enumerate(rows, 1):
         for column in columns:
-            if not isinstance(row, dict) or not is_text(row.get(column)):
+            value = row.get(column) if isinstance(row, dict) else None
+            turns = value if isinstance(value, list) else [{"role": "user", "content": value}]
+            texts = [turn.get("role") and turn.get("content") if isinstance(turn, dict) else None for turn in turns]
+            if not texts or not all(text and isinstance(text, str) for text in texts):
                 needed = "a text or messages with role and content"
                 raise SystemExit(f'{source}, row {number}: "{column}" is missing or empty, or not {needed}')
     return rows
-
-
-def is_text(value) -> bool:
-    """Whether this is a text or a list of chat messages, and not empty."""
-    if isinstance(value, list):
-        texts = [turn.get("role") and turn.get("content") if isinstance(turn, dict) else None for turn in value]
-        return bool(texts) and all(text and isinstance(text, str) for text in texts)
-    return isinstance(value, str) and value != ""
 
 
 def load_data(source: str, eval_source: str, eval_prompts: int, columns: tuple[str, ...]) -> tuple[list, list]:
@@ -371,21 +346,31 @@ def load_data(source: str, eval_source: str, eval_prompts: int, columns: tuple[s
     """
     rows = read_rows(source, columns)
     if eval_source:
-        return rows, enough(read_rows(eval_source, ("prompt",))[:eval_prompts], eval_source)
-    digests = [hashlib.md5(json.dumps(row["prompt"]).encode()).hexdigest() for row in rows]
-    by_digest = dict(sorted(zip(digests, rows), key=lambda item: item[0]))
-    if len(by_digest) < 2:
-        raise SystemExit(f"--data {source}: one prompt only, so none can be held out; add rows or give --eval-data")
-    held_out = dict(list(by_digest.items())[: max(1, len(by_digest) // 10)])
-    train_rows = [row for digest, row in zip(digests, rows) if digest not in held_out]
-    return train_rows, enough(list(held_out.values())[:eval_prompts], source)
+        held_out = read_rows(eval_source, ("prompt",))
+    else:
+        digests = [hashlib.md5(json.dumps(row["prompt"]).encode()).hexdigest() for row in rows]
+        by_digest = dict(sorted(zip(digests, rows), key=lambda item: item[0]))
+        if len(by_digest) < 2:
+            raise SystemExit(f"--data {source}: one prompt only, so none can be held out; add rows or give --eval-data")
+        chosen = dict(list(by_digest.items())[: max(1, len(by_digest) // 10)])
+        held_out = list(chosen.values())
+        rows = [row for digest, row in zip(digests, rows) if digest not in chosen]
+    held_out = held_out[:eval_prompts]
+    if len(held_out) < WORLD_SIZE:
+        raise SystemExit(f"{eval_source or source}: {len(held_out)} held-out prompts for {WORLD_SIZE} processes")
+    return rows, held_out
 
 
-def enough(rows: list[Row], source: str) -> list[Row]:
-    """The held-out rows, if there is one for each process."""
-    if len(rows) < WORLD_SIZE:
-        raise SystemExit(f"{source}: {len(rows)} held-out prompts for {WORLD_SIZE} processes; each needs one at least")
-    return rows
+def take_batch(rows: list, step: int, args) -> list:
+    """This process's rows of a step (from 1): epoch after epoch, each in an order that seed and epoch determine."""
+    orders, batch = {}, []
+    for position in range((step - 1) * args.prompts_per_step, step * args.prompts_per_step):
+        epoch, index = divmod(position, len(rows))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(len(rows), generator=generator).tolist()
+        batch.append(rows[orders[epoch][index]])
+    return share(batch)
 
 
 def text_of(message: str | list[dict]) -> str:
@@ -426,12 +411,12 @@ def completion_tokens(tokenizer, prompt: str | list[dict], completion: str | lis
 
 
 def context_length(model) -> float:
-    """Tokens that the model can read, which is no number of it where positions are relative to each other only."""
+    """Tokens that the model can read; infinite for relative positions."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def check_prompts(model, tokenizer, rows: list[Row], max_new_tokens: int) -> None:
-    """Refuse, before any work is done, prompts that the model cannot read, or that leave no room for a completion."""
+def check_prompts(model, tokenizer, rows: list[dict], max_new_tokens: int) -> None:
+    """Refuse prompts that the model cannot read, or that leave no room for a completion."""
     room = context_length(model) - max_new_tokens
     for row in rows:
         length = len(prompt_tokens(tokenizer, row["prompt"]))
@@ -440,19 +425,33 @@ def check_prompts(model, tokenizer, rows: list[Row], max_new_tokens: int) -> Non
             raise SystemExit(f"prompt {str(row['prompt'])[:80]!r}: {needed}; leave such rows out")
 
 
-def find_number(text: str) -> str | None:
-    """The number after "####", else the last one in the text, in one spelling: "1,200.50" is "1200.5"; None without.
+def pad(sequences: list[list[int]], side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask [N, longest] of N lists of ids, padded on the side "left" or "right".
 
-    Nothing is converted, so a hostile completion of a million digits costs no more than reading it.
+    The mask comes from lengths: one made by comparing ids with the pad token deletes the stop token where the two are
+    one (huggingface/trl#3091).
     """
+    ids = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    padded = [pad_sequence(x, batch_first=True, padding_side=side) for x in (ids, [torch.ones_like(i) for i in ids])]
+    return padded[0].to(device), padded[1].to(device)
+
+
+def prompt_batch(tokenizer, rows: list[dict], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """prompt_ids and prompt_mask [N, P] of the rows' prompts, padded on the left."""
+    return pad([prompt_tokens(tokenizer, row["prompt"]) for row in rows], "left", device)
+
+
+def decode(tokenizer, ids: torch.Tensor, mask: torch.Tensor, *, special: bool = False) -> list[str]:
+    """Texts of what the mask keeps of each row, without special tokens unless asked for."""
+    kept = [row[keep] for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
+    return [tokenizer.decode(row, skip_special_tokens=not special) for row in kept]
+
+
+def find_number(text: str) -> Decimal | None:
+    """The number after "####", else the last one in the text; None without."""
     _, marker, tail = text.rpartition("####")
     numbers = re.findall(r"(?:(?<!\d)-)?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", tail))
-    if not numbers:
-        return None
-    number = numbers[0 if marker else -1]
-    whole, _, fraction = number.lstrip("-").partition(".")
-    spelled = f"{whole.lstrip('0') or '0'}.{fraction.rstrip('0')}".rstrip(".")
-    return f"-{spelled}" if number.startswith("-") and spelled != "0" else spelled
+    return Decimal(numbers[0 if marker else -1]) if numbers else None
 
 
 def exact_answer(prompts: list, completions: list, **columns: list) -> list[float | None]:
@@ -462,10 +461,10 @@ def exact_answer(prompts: list, completions: list, **columns: list) -> list[floa
     """
     truths = next((columns[name] for name in ("answer", "completion", "chosen") if name in columns), None)
     if truths is None:
-        fail('--reward exact_answer: the data has no column "answer"; add it or choose another reward')
+        raise SystemExit('--reward exact_answer: the data has no column "answer"; add it or choose another reward')
     scores = []
     for text, truth in zip(map(text_of, completions), truths):
-        truth = text_of(truth) if isinstance(truth, list) else truth and str(truth)
+        truth = text_of(truth) if isinstance(truth, list) else str(truth) if truth is not None else None
         number = find_number(truth or "")
         right = text.strip() == (truth or "").strip() if number is None else find_number(text) == number
         scores.append(None if truth is None else float(right))
@@ -496,19 +495,13 @@ def load_function(name: str, folder: str | Path = "", named_by: str = "--reward"
     try:
         loaded = runpy.run_path(str(Path(folder, file))).get(function)
     except Exception as error:
-        raise SystemExit(f"{named_by} {name}: {file} does not import: {describe(error)}") from error
+        raise SystemExit(f"{named_by} {name}: {file} does not import: {error!r}") from error
     if loaded is None:
         raise SystemExit(f"{named_by} {name}: {file} has no function {function}")
     return loaded
 
 
-def describe(error: Exception) -> str:
-    """The error and where it arose, in one line."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{error!r} in {last.filename}, line {last.lineno}"
-
-
-def call_reward(name: str, function: Callable, rows: list[Row], texts: list[str]) -> list:
+def call_reward(name: str, function: Callable, rows: list[dict], texts: list[str]) -> list:
     """What a reward function returns for the rows' prompts and the completions' texts, given as TRL gives them."""
     prompts = [row["prompt"] for row in rows]
     # like TRL, a string is answered by a string and a list of messages by a message
@@ -521,9 +514,10 @@ def call_reward(name: str, function: Callable, rows: list[Row], texts: list[str]
                 stack.enter_context(torch.autocast(kind, enabled=False))  # and must not change a reward model's scores
             values = list(function(prompts, completions, **{name: [row.get(name) for row in rows] for name in columns}))
     except Exception as error:
-        fail(f"reward {name}: raised {describe(error)}")
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise SystemExit(f"reward {name}: raised {error!r} in {last.filename}, line {last.lineno}") from error
     if len(values) != len(rows):
-        fail(f"reward {name}: returned {len(values)} values for {len(rows)} completions")
+        raise SystemExit(f"reward {name}: returned {len(values)} values for {len(rows)} completions")
     return values
 
 
@@ -536,7 +530,7 @@ def to_floats(name: str, values: list, texts: list[str]) -> torch.Tensor:
             finite = False
         if not finite:
             expected = "expected a finite number, or None where there is no score"
-            fail(f"reward {name}: returned {value!r} for the completion {text[:80]!r}; {expected}")
+            raise SystemExit(f"reward {name}: returned {value!r} for the completion {text[:80]!r}; {expected}")
     return torch.tensor([math.nan if value is None else float(value) for value in values])
 
 
@@ -555,189 +549,166 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
     if len(functions) < len(names):
         raise SystemExit(f"--reward {' '.join(names)}: a second reward of one name; rename one")
 
-    def score(rows: list[Row], texts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        total, scored, components = torch.zeros(len(rows)), torch.zeros(len(rows)), {}
-        for weight, (name, function) in zip(weights or [1.0] * len(names), functions.items()):
-            values = call_reward(name, function, rows, texts)
-            components[name] = to_floats(name, values, texts)
-            total += weight * components[name].nan_to_num()
-            scored += ~components[name].isnan()
-        return total.where(scored > 0, float("nan")), components
+    def score(rows: list[dict], texts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        calls = ((name, call_reward(name, function, rows, texts)) for name, function in functions.items())
+        components = {name: to_floats(name, values, texts) for name, values in calls}
+        values = torch.stack(list(components.values()))  # [rewards, B]
+        rewards = torch.tensor(weights or [1.0] * len(names)) @ values.nan_to_num()
+        return rewards.where(~values.isnan().all(0), math.nan), components
 
     return score
 
 
-BOUNDS = [  # of flags, wherever a script has one of that name
-    (
-        "more than 0",
-        lambda value: value > 0,
-        "prompts_per_step samples_per_prompt micro_batch_size max_new_tokens max_length temperature learning_rate "
-        "value_learning_rate max_grad_norm eval_every eval_prompts num_epochs num_minibatches max_kl fisher_samples "
-        "cg_iterations",
-    ),
-    (
-        "0 or more",
-        lambda value: value >= 0,
-        "num_steps warmup_steps save_every beta clip_range value_clip_range clip_low clip_high target_kl "
-        "overlong_buffer damping cg_tolerance max_backtracks simpo_gamma lora_rank",
-    ),
-    ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma gae_lambda"),
-    ("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
-]
-
-
-def check_args(args):
-    """The flags, refused where no script can work with them; with --resume they become those of that run.
-
-    Only --device and --micro-batch-size may then be others, as they change no result but its last digits.
-    """
-    if args.resume:
-        file, own = Path(args.resume, "args.json"), {field.name: getattr(args, field.name) for field in fields(args)}
-        try:
-            stored = json.loads(file.read_text())
-        except (OSError, ValueError):
-            stored = {}
-        if stored.keys() != own.keys():
-            raise SystemExit(f"--resume {args.resume}: not the folder of a run of this script")
-        stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-        stored |= {"resume": args.resume, "output_dir": args.resume}
-        changed = {name for name in own if own[name] not in (stored[name], getattr(type(args), name))}
-        movable = changed & {"device", "micro_batch_size"}  # where and how it is computed, not what
-        stored |= {name: own[name] for name in movable}
-        given = [name for name in own if name in changed - movable]
-        if given:
-            flags = " ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise SystemExit(f"--resume {args.resume}: goes on with that run's own settings; leave out {flags}")
-        args = type(args)(**stored)
-    for bound, holds, names in BOUNDS:
-        for name in names.split():
-            value = getattr(args, name, None)
-            if value is not None and not holds(value):
-                raise SystemExit(f"--{name.replace('_', '-')}: {value}, but it must be {bound}")
-    if args.prompts_per_step % WORLD_SIZE:
-        raise SystemExit(f"--prompts-per-step: {args.prompts_per_step} do not divide among {WORLD_SIZE} processes")
-    if WORLD_SIZE > 1 and ":" in args.device:
-        kind = args.device.partition(":")[0]
-        raise SystemExit(f"--device {args.device}: each process has a GPU of its own; give --device {kind}")
-    if args.device != "cpu" and 0 < GPUS < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        raise SystemExit(f"--nproc-per-node: more processes than the {GPUS} GPUs; lower it, or give --device cpu")
-    if args.merge_adapters and not args.lora_rank:
-        raise SystemExit("--merge-adapters: there are none without --lora-rank")
-    if args.track != "none" and not importlib.util.find_spec(args.track):
-        raise SystemExit(f"--track {args.track}: needs `pip install {args.track}`")
-    return args
-
-
-def explain(kind: type, error: BaseException, trace) -> None:
-    """An exception hook: one line where a traceback would tell less, as the fault is not in the code."""
-    for bar in bars:
-        bar.close()
-    told = f"{error!r} {error.__context__!r}"  # torch.save and safetensors have errors of their own
-    if kind is torch.OutOfMemoryError:
-        tell = "lower --micro-batch-size for the update (--resume takes it too), --prompts-per-step for the rollout"
-        print(f"out of GPU memory: {tell} ({str(error).splitlines()[0]})", file=sys.stderr)
-    elif any(os.strerror(number) in told for number in (errno.ENOSPC, errno.EDQUOT)):
-        print(f"no space left on the disk ({told[-200:]}); free some and go on with --resume", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def open_tracker(track: str, folder: Path, steps_done: int) -> Callable[[int, dict], None]:
-    """A function that sends a step's metrics to tensorboard or wandb, and files to the run's own folder."""
-    if track == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1, flush_secs=10)
-        return lambda step, metrics: [writer.add_scalar(*metric, step) for metric in metrics.items()]
-    if track == "wandb":
-        import wandb
-
-        settings = folder / "args.json"
-        name = f"{folder.name}-{settings.stat().st_mtime_ns}"  # the same after a resume, and no other run's
-        run = wandb.init(dir=folder, name=folder.name, id=name, resume="allow", config=json.loads(settings.read_text()))
-        return lambda step, metrics: run.log(metrics, step=step)
-    return lambda step, metrics: None
-
-
 class Run:
-    """The output folder of a run (args.json, metrics.jsonl, samples.jsonl, checkpoint/, model/), its seed, its bar.
+    """The output folder of a run (args.json, metrics.jsonl, samples.jsonl, checkpoint/, model/), its seeds, its bar.
 
-    Of several processes the first one writes the files and talks; each calls every method, as they ask one another.
+    With several processes the first one writes the files and prints; each must call every method.
     """
 
     def __init__(self, args) -> None:
-        self.name = Path(sys.modules[type(args).__module__].__file__).stem
+        self.args, self.name = args, Path(sys.modules[type(args).__module__].__file__).stem
         names = [args.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"]
         if WORLD_SIZE > 1:
-            backends = "cpu:gloo,cuda:nccl" if GPUS else "gloo"
+            backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backends, timeout=timedelta(hours=1))  # the others wait where one writes or judges
             dist.broadcast_object_list(names)
         if RANK > 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.dir = Path(names[0])
-        self.args, self.stopping, self.checkpoint = args, False, self.dir / "checkpoint" / "state.pt"
-        self.paths, model = {name: self.dir / f"{name}.jsonl" for name in ("metrics", "samples")}, self.dir / "model"
-        if args.resume and model.exists():
-            raise SystemExit(f"--resume {self.dir}: has finished; its model is in {model}")
-        if args.resume and not self.checkpoint.exists():
-            raise SystemExit(f"--resume {self.dir}: was stopped before it first saved; remove it and start anew")
-        held = (model, self.checkpoint, self.paths["metrics"])
-        if not args.resume and any(path.exists() and path.stat().st_size for path in held):
+        self.checkpoint, self.model = self.dir / "checkpoint" / "state.pt", self.dir / "model"
+        self.files = {name: self.dir / f"{name}.jsonl" for name in ("metrics", "samples")}
+        self.start_time, self.done, self.stopping, self.times = time.perf_counter(), 0, False, {}
+        self.bar, self.writer, self.shown = None, None, {}
+        if args.resume and self.model.exists():
+            raise SystemExit(f"--resume {self.dir}: has finished; its model is in {self.model}")
+        written = [path for path in (self.model, self.files["metrics"]) if path.exists() and path.stat().st_size]
+        if written and not args.resume:
             raise SystemExit(f"--output-dir {self.dir}: already holds a run; give another one, or --resume {self.dir}")
-        self.start_time, self.last, self.accuracies = time.perf_counter(), {}, []
-        sys.excepthook = explain
-        transformers.set_seed(args.seed)
+        transformers.set_seed(args.seed % 2**32)
 
-    def start(self, parts: dict) -> int:
-        """Make the folder; or, with --resume, load its checkpoint into the parts: anything with load_state_dict.
-
-        Returns the steps that are done, 0 for a new run. From here on Ctrl-C, or a scheduler's SIGTERM, ends the step
-        that is under way and saves.
-        """
-        args, done, self.files, self.track = self.args, 0, {}, lambda step, metrics: None
-        if RANK > 0:
-            transformers.set_seed(args.seed + RANK)  # each samples on its own; what is the same for all is loaded now
-        try:
-            if RANK == 0:
-                self.dir.mkdir(parents=True, exist_ok=True)
-                if not args.resume:
-                    (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-                mode = "r+" if args.resume else "w"
-                self.files = {name: path.open(mode, encoding="utf-8") for name, path in self.paths.items()}
-        except OSError as error:
-            raise SystemExit(f"--output-dir {self.dir}: cannot be written ({error})") from None
-        if args.resume:
+    def start(self, **parts) -> None:
+        """Make the folder, or load the checkpoint of --resume into the parts: pairs of a model and its optimizer."""
+        self.parts, state = parts, None
+        if self.args.resume and self.checkpoint.exists():  # without one the run begins again
             try:
                 state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=WORLD_SIZE > 1)
-            except Exception as error:  # a damaged file ends in one of several
+            except Exception as error:
                 reason = str(error).splitlines()[0]
                 raise SystemExit(f"--resume {self.dir}: {self.checkpoint} cannot be read ({reason})") from None
-            for name, part in parts.items():
-                set_whole_state(part, state["parts"][name])
-            for name, file in self.files.items():  # what the killed process wrote after it saved will be written again
-                file.seek(state["sizes"][name])
-                file.truncate()
-            done, self.last, self.accuracies = state["step"], state["last"], state["accuracies"]
-            self.start_time -= state["seconds"]
-            if len(state["random"]) > RANK:  # there may be more processes now than there were
-                set_random_states(state["random"][RANK])
-        if RANK == 0:
-            self.track = open_tracker(args.track, self.dir, done)
-        self.bar = tqdm(total=args.num_steps, initial=done, desc=self.name, dynamic_ncols=True, disable=RANK > 0)
-        bars.append(self.bar)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-        return done
+            for name, (model, optimizer) in parts.items():
+                set_state(model, optimizer, state["parts"][name])
+            self.done, self.start_time = state["step"], self.start_time - state["seconds"]
+        if RANK > 0:
+            return
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            if not self.args.resume:
+                (self.dir / "args.json").write_text(json.dumps(asdict(self.args), indent=2) + "\n")
+            for name, file in self.files.items():  # what was written after the checkpoint comes again
+                file.touch()
+                os.truncate(file, state["sizes"][name] if state else 0)
+        except OSError as error:
+            raise SystemExit(f"--output-dir {self.dir}: cannot be written ({error})") from None
+        if self.args.track == "wandb":
+            import wandb
+
+            name = f"{self.dir.name}-{(self.dir / 'args.json').stat().st_mtime_ns}"  # stays, and is no other run's
+            settings = {"resume": "allow", "config": asdict(self.args), "sync_tensorboard": True}
+            wandb.init(dir=self.dir, name=self.dir.name, id=name, **settings)
+        if self.args.track != "none":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(
+                str(self.dir / "tensorboard"), purge_step=self.done + (self.done > 0), flush_secs=10
+            )
 
     def stop(self, number: int, frame) -> None:
-        known, self.stopping = self.stopping, True
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(number, signal.SIG_DFL)
-            self.bar.write("stopping after this step; once more to stop at once, back to the last checkpoint")
-        elif not known:  # torchrun and a scheduler may both send the same signal
-            self.bar.write("stopping after this step")
+        if self.stopping and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun and a scheduler may both send one
+            raise KeyboardInterrupt
+        if not self.stopping:
+            tqdm.write("stopping after this step; once more stops at once, back to the last checkpoint")
+        self.stopping = True
 
-    def save(self, step: int, parts: dict) -> None:
+    @contextlib.contextmanager
+    def signals(self):
+        """Within, Ctrl-C or a scheduler's SIGTERM only asks to stop; afterwards, also by an error, all is as before."""
+        handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left; Ctrl-C ends the one under way, and save() the run. An error in one ends this, too.
+
+        Each step has its own seed, so a resumed run draws what the uninterrupted one draws.
+        """
+        steps = {"total": self.args.num_steps, "initial": self.done, "disable": RANK > 0}
+        with self.signals(), tqdm(**steps, desc=self.name, dynamic_ncols=True) as self.bar:
+            for step in range(self.done + 1, self.args.num_steps + 1):
+                transformers.set_seed((self.args.seed * 1_000_003 + step * 8191 + RANK) % 2**32)
+                self.times, self.lap_start = {}, time.perf_counter()
+                yield step
+
+    def lap(self, name: str) -> float:
+        """Log the seconds since the last lap as time/<name>; returns those since the step began."""
+        self.times[f"time/{name}"] = time.perf_counter() - self.lap_start
+        self.lap_start = time.perf_counter()
+        return sum(self.times.values())
+
+    def check_finite(self, step: int, norm: torch.Tensor) -> float:
+        """The gradients' norm as a number; ends the run before they would ruin the weights."""
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm):
+            raise SystemExit(f"step {step}: the gradient is not finite; try a lower --learning-rate")
+        return norm
+
+    def log(self, step: int, metrics: dict) -> None:
+        """Append a line to metrics.jsonl and show the main figures in the bar.
+
+        A number is logged as it is. A tensor of no dimensions is this process's part of a sum over all processes; of
+        other tensors the mean is logged, over all processes and without NaN.
+        """
+        tensors = {name: value.detach().cpu().double() for name, value in metrics.items() if hasattr(value, "detach")}
+        sums = [value.nansum() if value.ndim else value for value in tensors.values()]
+        counts = [(~value.isnan()).sum() if value.ndim else 1 / WORLD_SIZE for value in tensors.values()]
+        sums, counts = (total(torch.tensor(x, dtype=torch.float64)) for x in (sums, counts))
+        metrics = metrics | dict(zip(tensors, (sums / counts).tolist())) | self.times
+        record = {"step": step, "time/total": time.perf_counter() - self.start_time, "memory/peak": peak_memory()}
+        self.write("metrics", record | metrics)
+        for name, value in metrics.items() if self.writer else ():
+            self.writer.add_scalar(name, value, step)
+        if math.isnan(metrics.get("eval/accuracy", 0.0)):
+            raise SystemExit("--reward: the first one scored no held-out completion: it returned None for each of them")
+        if math.isnan(metrics.get("reward/mean", 0.0)):
+            tqdm.write(f"step {step}: no reward could score any completion, so nothing was learned of them")
+        shown = ("reward/mean", "loss/sft", "eval/accuracy", "kl/ref", "tokens_per_second")
+        self.shown |= {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
+        if self.bar:
+            self.bar.set_postfix(self.shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def log_samples(self, step: int, phase: str, prompts: list[str], completions: list[str], components: dict) -> None:
+        """Append a completion of each prompt to samples.jsonl; the first three of an evaluation are printed, too."""
+        for index, (prompt, completion) in enumerate(zip(prompts, completions)):
+            scores = {name: values[index].item() for name, values in components.items()}
+            self.write("samples", {"step": step, "phase": phase, "prompt": prompt, "completion": completion, **scores})
+            if phase == "eval" and index < 3:  # what a model says may hold characters that a terminal would obey
+                question, answer = ("".join(c if c.isprintable() else " " for c in x) for x in (prompt, completion))
+                rewards = " ".join(f"{name} {value:.3g}" for name, value in scores.items())
+                tqdm.write(f"step {step:<5} {question[-60:]} | {answer[-100:]} | {rewards}")
+
+    def write(self, file: str, record: dict) -> None:
+        if RANK == 0:
+            numbers = {
+                name: None if value != value or value in (math.inf, -math.inf) else value
+                for name, value in record.items()
+            }
+            with self.files[file].open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(numbers, ensure_ascii=False) + "\n")
+
+    def save(self, step: int) -> None:
         """Every --save-every steps, and after a Ctrl-C, write all that an exact resume needs.
 
         A new file takes the place of the old one when it is whole and on the disk, so there is always a good one.
@@ -745,14 +716,10 @@ class Run:
         every, stopping = self.args.save_every, anywhere(self.stopping)
         if not stopping and (every == 0 or step % every):
             return
-        drawn = [random_states()]
-        if WORLD_SIZE > 1:
-            drawn *= WORLD_SIZE
-            dist.all_gather_object(drawn, random_states())
-        state = {"step": step, "parts": {name: whole_state(part) for name, part in parts.items()}, "random": drawn}
-        state |= {"last": self.last, "accuracies": self.accuracies, "seconds": time.perf_counter() - self.start_time}
-        state |= {"sizes": {name: file.tell() for name, file in self.files.items()}}
+        state = {"step": step, "parts": {name: get_state(*part) for name, part in self.parts.items()}}
+        state["seconds"] = time.perf_counter() - self.start_time
         if RANK == 0:
+            state["sizes"] = {name: file.stat().st_size for name, file in self.files.items()}
             self.checkpoint.parent.mkdir(exist_ok=True)
             new = self.checkpoint.with_suffix(".new")
             with new.open("wb") as file:
@@ -763,164 +730,57 @@ class Run:
         if stopping:
             if WORLD_SIZE > 1:
                 dist.barrier()  # nobody leaves before it is written
-            if RANK > 0:  # the first one tells
-                sys.exit(1)
             start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-            fail(f"stopped after step {step}; go on with: {start} {sys.argv[0]} --resume {self.dir}")
-
-    def check_finite(self, step: int, stats: dict, batch: tuple) -> None:
-        """Stop before an optimizer step that would ruin the weights, and keep the batch for a look."""
-        if bad := [name for name, value in averages(stats).items() if not math.isfinite(value)]:
-            file = self.dir / ("batch.pt" if WORLD_SIZE == 1 else f"batch-{RANK}.pt")
-            torch.save(batch, file)
-            held = f"prompt_ids, prompt_mask, completion_ids, completion_mask are in {file}, for torch.load"
-            fail(f"step {step}: {' and '.join(bad)} not finite; {held}; try a lower --learning-rate")
-
-    def write(self, file: str, record: dict) -> None:
-        if RANK > 0:
-            return
-        unwritable = (math.inf, -math.inf)  # and NaN, which JSON has not either
-        record = {name: None if value != value or value in unwritable else value for name, value in record.items()}
-        self.files[file].write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.files[file].flush()
-
-    def log(self, step: int, metrics: dict) -> None:
-        """Append a line to metrics.jsonl and show the main figures in the bar."""
-        metrics = averages(metrics)
-        resources = {"time/total": time.perf_counter() - self.start_time, "memory/peak": peak_memory()}
-        self.write("metrics", {"step": step, **resources, **metrics})
-        self.track(step, metrics)
-        if math.isnan(metrics.get("eval/accuracy", 0.0)):
-            fail("--reward: the first one scored no held-out completion: it returned None for each of them")
-        if math.isnan(metrics.get("reward/mean", 0.0)):
-            self.bar.write(f"step {step}: no reward could score any completion, so nothing was learned of them")
-        self.last |= metrics
-        self.accuracies += [metrics["eval/accuracy"]] if "eval/accuracy" in metrics else []
-        shown = ("reward/mean", "loss/sft", "eval/accuracy", "kl/ref", "tokens_per_second")
-        self.bar.set_postfix({name: f"{self.last[name]:.3g}" for name in shown if name in self.last}, refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def log_samples(self, step: int, phase: str, prompts: list[str], completions: list[str], components: dict) -> None:
-        """Append as many completions as there are prompts to samples.jsonl, each with every reward component.
-
-        The first three of an evaluation are also shown on the terminal, green where the first reward is above 0.
-        """
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        for index, (prompt, completion) in enumerate(zip(prompts, completions)):
-            scores = {name: values[index].item() for name, values in components.items()}
-            self.write("samples", {"step": step, "phase": phase, "prompt": prompt, "completion": completion, **scores})
-            if phase == "eval" and index < 3:
-                # a model may say what a terminal would obey
-                asked, answered = (
-                    "".join(c if c.isprintable() else " " for c in text) for text in (prompt, completion)
-                )
-                told = " ".join(f"{name} {value:.3g}" for name, value in scores.items())
-                told = f"\033[{32 if next(iter(scores.values())) > 0 else 31}m{told}\033[0m" if colour else told
-                self.bar.write(f"step {step:<5} {asked[-60:]} | {answered[-100:]} | {told}")
+            command = f"{start} {shlex.join([sys.argv[0], '--resume', self.dir.as_posix()])}"
+            raise SystemExit(1 if RANK else f"stopped after step {step}; go on with: {command}")
 
     def finish(self, model, tokenizer) -> dict[str, float]:
         """Save the model, print the closing line, return the last value of each metric."""
-        self.bar.close()
-        done, part, state = self.dir / "model", self.dir / "model.part", whole_state(model)
-        if RANK == 0:
-            model.save_pretrained(part, state_dict=state)
-            if self.args.merge_adapters:
-                from peft import PeftModel
-
-                path = bundled(self.args.model)
-                base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-                merged = PeftModel.from_pretrained(base, part).merge_and_unload()
-                merged.generation_config = model.generation_config
-                shutil.rmtree(part)
-                merged.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            os.replace(part, done)
-        for file in self.files.values():
-            file.close()
-        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-            signal.signal(number, handler)
-        accuracy = " -> ".join(f"{self.accuracies[i]:.3f}" for i in (0, -1)) if self.accuracies else "not measured"
-        seconds = time.perf_counter() - self.start_time
-        print(f"{self.name}: held-out accuracy {accuracy} in {seconds:.0f} s, model in {done}")
+        part = self.dir / "model.part"
+        with self.signals():
+            weights = get_state(model)["weights"]
+            if RANK == 0:
+                model.save_pretrained(part, state_dict=weights)
+                tokenizer.save_pretrained(part)
+                os.replace(part, self.model)
         if WORLD_SIZE > 1:
             dist.barrier()  # nobody leaves before all is written
             dist.destroy_process_group()
             time.sleep(0.5)  # while gloo drops its last tensors, or it may abort at exit (pytorch/pytorch#190489)
-        return self.last
+        rows = [json.loads(line) for line in self.files["metrics"].read_text(encoding="utf-8").splitlines()]
+        first, last = rows[0]["eval/accuracy"], {name: value for row in rows for name, value in row.items()}
+        seconds = time.perf_counter() - self.start_time
+        accuracy = f"{first:.3f} -> {last['eval/accuracy']:.3f}"
+        print(f"{self.name}: held-out accuracy {accuracy} in {seconds:.0f} s, model in {self.model}")
+        return last
+
+
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+def get_state(model, optimizer=None) -> dict:
+    """What is trained of a model, and its optimizer's state, whole and on the CPU of the first process."""
+    weights = dcp.get_model_state_dict(model, options=WHOLE)
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    state = {"weights": {name: tensor for name, tensor in weights.items() if name not in tied}}
+    if optimizer and optimizer.state:  # it is empty before the first update
+        state["moments"] = dcp.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    return state
+
+
+def set_state(model, optimizer, state: dict) -> None:
+    model.state_dict()  # FSDP then shards again what a forward pass left gathered
+    dcp.set_model_state_dict(model, state["weights"], options=WHOLE)
+    if "moments" in state:
+        dcp.set_optimizer_state_dict(model, optimizer, state["moments"], options=WHOLE)
 
 
 def peak_memory() -> float:
     """The most memory that this process had so far, in 10**9 bytes: the GPU's where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    if not importlib.util.find_spec("resource"):  # on Windows
+    try:
+        import resource
+    except ImportError:  # on Windows
         return math.nan
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def averages(metrics: dict) -> dict[str, float]:
-    """The numbers, averaged over the processes."""
-    values = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in metrics.values()]
-    means = mean(torch.tensor([float(value) for value in values], dtype=torch.float64))
-    return dict(zip(metrics, means.tolist()))
-
-
-def whole_state(part) -> dict:
-    """state_dict(), without what adapters leave frozen; sharded tensors are gathered, for the first process alone."""
-    wholes = {}  # so that tied weights stay one
-
-    def gathered(value):
-        if isinstance(value, dict):
-            return {name: gathered(item) for name, item in value.items()}
-        if not hasattr(value, "full_tensor"):
-            return value.detach() if isinstance(value, torch.Tensor) else value
-        if id(value) not in wholes:
-            whole = value.detach().full_tensor()
-            wholes[id(value)] = whole.cpu() if RANK == 0 else None
-        return wholes[id(value)]
-
-    if not isinstance(part, torch.nn.Module):
-        return gathered(part.state_dict())
-    parameters = dict(part.named_parameters(remove_duplicate=False))
-    adapted = any("lora_" in name for name in parameters)
-    frozen = {name for name, p in parameters.items() if adapted and not p.requires_grad}
-    return gathered({name: v for name, v in part.state_dict(keep_vars=True).items() if name not in frozen})
-
-
-def set_whole_state(part, state: dict) -> None:
-    """load_state_dict() with what whole_state returned, of which sharded parts take their shards."""
-
-    def split(value, like):
-        if not hasattr(like, "full_tensor") or value.shape != like.shape:
-            return value
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-
-    if isinstance(part, torch.nn.Module):
-        own = part.state_dict()
-        part.load_state_dict(own | {name: split(value, own[name]) for name, value in state.items()})
-    else:
-        owners = [parameter for group in part.param_groups for parameter in group["params"]]
-        slots = {
-            index: {name: split(value, owners[index]) for name, value in slot.items()}
-            for index, slot in state["state"].items()
-        }
-        part.load_state_dict(state | {"state": slots})
-
-
-def random_states() -> dict:
-    """Of every generator that a script or a reward may draw from, in types that torch.load takes with weights_only."""
-    name, keys, *rest = numpy.random.get_state()
-    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
-    return states | ({"device": torch.get_device_module().get_rng_state()} if torch.accelerator.is_available() else {})
-
-
-def set_random_states(states: dict) -> None:
-    random.setstate(states["python"])
-    numpy.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if "device" in states and torch.accelerator.is_available():
-        torch.get_device_module().set_rng_state(states["device"])

@@ -26,11 +26,7 @@ run() { # name, then a script and its flags
     shift 2
     if [ -d "$folder/model" ]; then return; fi
     local flags=(--output-dir "$folder" "${evaluation[@]}" "$@")
-    if [ -f "$folder/checkpoint/state.pt" ]; then
-        flags=(--resume "$folder")
-    elif [ -f "$folder/args.json" ]; then # cut off before it first saved
-        rm -r "$folder"
-    fi
+    if [ -s "$folder/args.json" ]; then flags=(--resume "$folder"); fi
     "${launch[@]}" "$here/$script.py" "${flags[@]}" 2> >(tee -a "$out/$name.log" >&2)
 }
 

@@ -28,7 +28,7 @@ def step_seconds(setting: dict[str, str]) -> float:
         command = [sys.executable, SCRIPT, *flags]
         subprocess.run(command, env=environment | setting, check=True, capture_output=True)
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(row["time/rollout"] + row["time/update"] for row in rows[5:])
+    return statistics.median(sum(row[f"time/{part}"] for part in ("rollout", "score", "update")) for row in rows[5:])
 
 
 def table(title: str) -> None:

@@ -8,6 +8,7 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -42,12 +43,14 @@ class Args:
     """of the samples and of the choice among equals"""
     device: str = "auto"
     """auto is CUDA, else MPS, else the CPU"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of forward passes; auto is bfloat16 on CUDA, else float32"""
 
 
 def main(args: Args) -> None:
     rows, _ = common.load_data(args.data, "", 1, columns=("prompt",))
     score = common.load_reward(args.reward, ())
-    device, autocast = rs.pick_device(args.device, "auto")
+    device, autocast = common.pick_device(args), common.autocast(args)
     model, tokenizer = common.load_model(args.model, device)
     common.transformers.set_seed(args.seed)
     random.shuffle(rows)
@@ -58,10 +61,10 @@ def main(args: Args) -> None:
     with args.output.open("w", encoding="utf-8") as file:
         for start in tqdm(range(0, len(rows), args.prompts_per_batch), desc="pairs"):
             batch = rows[start : start + args.prompts_per_batch]
-            prompts = rs.pad([common.prompt_tokens(tokenizer, row["prompt"]) for row in batch], "left", device)
+            prompts = common.prompt_batch(tokenizer, batch, device)
             with autocast:
-                completion_ids, completion_mask, _ = rs.rollout(model, *prompts, **sampling)
-            texts = rs.decode(tokenizer, completion_ids, completion_mask)
+                completion_ids, completion_mask, _, _ = rs.rollout(model, *prompts, **sampling)
+            texts = common.decode(tokenizer, completion_ids, completion_mask)
             rewards, _ = score([row for row in batch for _ in range(G)], texts)
             for row, scores, said in zip(batch, rewards.view(-1, G).tolist(), zip(*[iter(texts)] * G)):
                 ranked = sorted((value, random.random(), text) for value, text in zip(scores, said) if value == value)

@@ -12,8 +12,8 @@ The same model, data, completions a step, completion length, optimizer (AdamW, n
 size and threads; no gradient checkpointing; DPO's reference is computed at each step. PPO has 64 completions a step,
 ours of 8 prompts, TRL's of 64, as it takes one of each; its reward is a random model's, so it has no accuracy. Each run
 is a process of its own. The seconds of a step are the median over the steps after the fifth of a run, then over the
-rounds; the ratios are of runs that stand next to each other. Memory is the process' highest resident size when its last
-step ends; the first step ends so many seconds after the process began, imports included.
+rounds; the ratios are of runs that stand next to each other; scoring counts as update. Memory is the process' highest
+resident size when its last step ends; the first step ends so many seconds after the process began, imports included.
 
 Run it on an idle machine, in an environment with benchmarks/requirements.txt. A full run writes README's table.
 """
@@ -76,9 +76,9 @@ def ours(name, model, device):
     def spy(run, step, metrics):
         if step:
             ends.append(time.time())
-            updates.append(float(metrics["time/update"]))
-            rollouts.append(float(metrics.get("time/rollout", 0.0)))
-            tokens.append(float(metrics["completion/length"]))
+            updates.append(run.times.get("time/score", 0.0) + run.times["time/update"])
+            rollouts.append(run.times.get("time/rollout", 0.0))
+            tokens.append(metrics["completion/length"].mean().item())
         log(run, step, metrics)
 
     common.Run.log = spy
@@ -101,11 +101,9 @@ def ours(name, model, device):
     memory = []
     evaluate = module.evaluate
 
-    def last(run, step, *rest, **settings):  # before the first step a glance, after the last the whole
+    def last(run, step, model, tokenizer, rows, *rest):  # before the first step a glance, after the last the whole
         memory.append(peak_memory(device))
-        rest = list(rest)
-        rest[2] = rest[2] if step else rest[2][:1]
-        return evaluate(run, step, *rest, **settings)
+        return evaluate(run, step, model, tokenizer, rows if step else rows[:1], *rest)
 
     module.evaluate = last
     accuracy = module.main(args)["eval/accuracy"]
@@ -245,8 +243,8 @@ def trls(name, model, device):
     score = common.load_reward(("exact_answer",), ())
     silent = type("Silent", (), {"log_samples": lambda *a: None})()
     small = held_out if model == "models/arithmetic" else held_out[:1]
-    settings = {"max_new_tokens": size["tokens"], "batch_size": 64}
-    accuracy = sft.evaluate(silent, 0, trained, tokenizer, small, score, **settings)
+    args = sft.Args(device=device, prompts_per_step=64, max_new_tokens=size["tokens"])
+    accuracy = sft.evaluate(silent, 0, trained, tokenizer, small, score, args).nanmean().item()
     return {"ends": ends, "rollouts": rollouts[:-1], "tokens": tokens, "memory": memory, "accuracy": accuracy}
 
 

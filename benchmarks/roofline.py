@@ -75,7 +75,8 @@ def memory_peak(device):
 
 def measure(name, device_name, prompts, samples, prompt_tokens, tokens, vocab_size):
     """Seconds, shares of the roof and memory of one rollout and one forward and backward pass of the same sizes."""
-    device, autocast = grpo.pick_device(device_name, "auto")
+    args = grpo.Args(device=device_name)
+    device, autocast = common.pick_device(args), common.autocast(args)
     flops, bandwidth = roof(device, autocast)
     model = build(name, device, vocab_size)
     V, B = model.config.get_text_config().vocab_size, prompts * samples

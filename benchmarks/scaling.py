@@ -3,9 +3,9 @@
 python benchmarks/scaling.py --model FOLDER --data train.jsonl
 
 Each cell of the times has several runs: their medians, and how many times faster several processes were than one, with
-the range of the rounds, as machines are noisy. Memory is the most that a process had, as the operating system counts
-it; bytes per parameter are those beyond what the embedded model's sft.py takes. On CPUs the processes share the
-threads of one.
+the range of the rounds, as machines are noisy. Scoring counts as update. Memory is the most that a process had, as the
+operating system counts it; bytes per parameter are those beyond what the embedded model's sft.py takes. On CPUs the
+processes share the threads of one.
 """
 
 import json
@@ -98,8 +98,9 @@ def measure(script: str, flags: tuple, processes: int, threads: int, steps: int,
                 log.seek(0)
                 sys.exit(f"{' '.join(command)}\n{log.read()[-3000:]}")
         rows = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()][2:]
-    times = {name: statistics.median(row.get(f"time/{name}", 0.0) for row in rows) for name in ("rollout", "update")}
-    return times | {"memory": most}
+    rollout = statistics.median(row.get("time/rollout", 0.0) for row in rows)
+    update = statistics.median(row.get("time/score", 0.0) + row["time/update"] for row in rows)
+    return {"rollout": rollout, "update": update, "memory": most}
 
 
 def main(args: Args) -> None:

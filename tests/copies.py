@@ -16,6 +16,7 @@ SCRIPTS = ("sft", "rejection_sampling", "reinforce", "trpo", "ppo", "grpo", "dpo
 DIFFERENT = {
     "Args": {(script,): "shared fields first, the algorithm's own last" for script in SCRIPTS},
     "main": {(script,): "the loop of the algorithm" for script in SCRIPTS},
+    "tokenize": {("sft",): "demonstrations; longer ones are dropped", ("dpo",): "pairs; longer ones are cut off"},
     "compute_advantages": {
         ("grpo", "grape"): "scaled by the group's deviation; reinforce.py and trpo.py have baselines"
     },

@@ -130,7 +130,7 @@ def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path, capsys):
     eval_data.write_text(json.dumps(rows[0]) + "\n")
     args = args_of(tmp_path, "run", data=str(data), eval_data=str(eval_data), max_length=18)
     dpo.main(args)
-    assert "dropped 3 of 5 pairs" in capsys.readouterr().out
+    assert "dropped 3 of 5 rows" in capsys.readouterr().out
     args = args_of(tmp_path, "none", data=str(data), eval_data=str(eval_data), max_length=10)
     with pytest.raises(SystemExit, match="--max-length 10"):
         dpo.main(args)

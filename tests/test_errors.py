@@ -7,7 +7,6 @@ import common
 
 import pytest
 import torch
-from process import run_python
 from test_runs import Killed, die_at
 from test_scripts import REPO, SAMPLING, SCRIPTS
 from transformers import BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM
@@ -31,7 +30,7 @@ def message_of(script, tmp_path, **settings):
 @pytest.fixture
 def no_model(monkeypatch):
     """Fails where a model is loaded: what follows has to be refused before."""
-    monkeypatch.setattr(common, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(common, "load_model", lambda *args, **settings: pytest.fail("a model was loaded"))
 
 
 BAD_FLAGS = [
@@ -41,15 +40,12 @@ BAD_FLAGS = [
     ("trpo", {"samples_per_prompt": 1}, "--samples-per-prompt: a completion is compared"),
     *[(script, {"temperature": 0.0}, "--temperature: 0.0, but it must be more than 0") for script in SAMPLING],
     *[(script, {"learning_rate": -1e-4}, "--learning-rate: -0.0001, but") for script in SCRIPTS if script != "trpo"],
-    ("ppo", {"num_minibatches": 3}, "--num-minibatches: a step's completions, of each process, do not divide"),
-    ("grpo", {"num_minibatches": 3}, "--num-minibatches: a step's completions, of each process, do not divide"),
     ("dpo", {"micro_batch_size": 3}, "--micro-batch-size: a pair is two sequences"),
     ("dpo", {"label_smoothing": 0.1, "loss_type": "ipo"}, "--label-smoothing"),
-    ("ppo", {"gae_lambda": float("nan")}, "--gae-lambda: nan, but it must be from 0 to 1"),
-    ("ppo", {"gamma": 1.5}, "--gamma: 1.5, but it must be from 0 to 1"),
+    ("ppo", {"num_minibatches": 3}, "--num-minibatches: a step's prompts, in each process, do not divide"),
+    ("grpo", {"num_minibatches": 3}, "--num-minibatches: a step's prompts, in each process, do not divide"),
+    ("sft", {"learning_rate": float("nan")}, "--learning-rate: nan, but it must be more than 0"),
     ("sft", {"max_new_tokens": 0}, "--max-new-tokens: 0, but it must be more than 0"),
-    ("sft", {"seed": 2**32}, "--seed: 4294967296, but it must be from 0 to 2**32 - 1"),
-    ("sft", {"warmup_steps": -1}, "--warmup-steps: -1, but it must be 0 or more"),
     ("grpo", {"reward": ("nonsense",)}, "--reward nonsense: neither one of exact_answer, format, length nor an"),
     ("grpo", {"reward": ()}, "--reward: name at least one"),
     ("grpo", {"reward_weights": (1.0, 2.0)}, "--reward-weights: 2 weights for 1 rewards"),
@@ -72,7 +68,7 @@ def test_a_model_that_is_none(tmp_path, tokenizer):
     assert "not the folder or hub id of a causal" in message_of("sft", tmp_path, model=str(tmp_path / "empty"))
     bert = BertLMHeadModel(BertConfig(**SMALL_MODEL, num_attention_heads=2, intermediate_size=64))
     mamba = MambaForCausalLM(MambaConfig(**SMALL_MODEL))
-    for model, message in ((bert, "no causal language model"), (mamba, "has no KV cache")):
+    for model, message in ((bert, "no causal language model"), (mamba, "no causal language model with a KV cache")):
         folder = tmp_path / model.config.model_type
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -168,27 +164,25 @@ def test_a_reward_file_without_the_function(tmp_path, no_model):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_gradients_that_are_not_finite_stop_the_run_before_the_weights(script, tmp_path, monkeypatch):
-    """The second step's loss is infinite: the run ends with the weights of the first, and the batch for a look."""
+    """The second step's loss is infinite: the run ends with the weights of the first."""
     module, token_logprobs, done = SCRIPTS[script], SCRIPTS[script].token_logprobs, []
 
     def infinite(model, *batch, **settings):
         logprobs = token_logprobs(model, *batch, **settings)
         return logprobs * torch.inf if done and torch.is_grad_enabled() else logprobs
 
-    def remember(run, step, parts):
-        done.append({name: tensor.clone() for name, tensor in parts["model"].state_dict().items()})
-        done.append(parts["model"])
+    def remember(run, step):
+        model, _ = run.parts["model"]
+        done.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        done.append(model)
 
     monkeypatch.setattr(module, "token_logprobs", infinite)
     monkeypatch.setattr(common.Run, "save", remember)
-    with pytest.raises(SystemExit, match=r"step 2: .*grad_norm not finite; .*batch\.pt") as caught:
+    with pytest.raises(SystemExit, match="step 2: the gradient is not finite; try a lower --learning-rate") as caught:
         module.main(module.Args(**SMALL, output_dir=str(tmp_path / "run")))
     assert "\n" not in str(caught.value)
     weights, model = done
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    prompt_ids, prompt_mask, completion_ids, completion_mask = torch.load(tmp_path / "run" / "batch.pt")
-    assert prompt_ids.shape == prompt_mask.shape and completion_ids.shape == completion_mask.shape
-    assert len(prompt_ids) == len(completion_ids) > 0
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path, no_model):
@@ -208,18 +202,16 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_resuming_what_cannot_be_resumed(tmp_path, monkeypatch):
     sft, folder = SCRIPTS["sft"], str(tmp_path / "run")
-    monkeypatch.setattr(common.Run, "check_finite", lambda run, step, *rest: die_at(step, 1))
+    monkeypatch.setattr(common.Run, "check_finite", die_at(1))
     with pytest.raises(Killed):
         sft.main(sft.Args(**SMALL, output_dir=folder))
     monkeypatch.undo()
-    with pytest.raises(SystemExit, match="was stopped before it first saved"):
-        sft.main(sft.Args(resume=folder))
     with pytest.raises(SystemExit, match="goes on with that run's own settings; leave out --num-steps --learning-rate"):
         sft.main(sft.Args(resume=folder, learning_rate=1.0, num_steps=7))
     with pytest.raises(SystemExit, match="not the folder of a run of this script"):
         SCRIPTS["dpo"].main(SCRIPTS["dpo"].Args(resume=folder))
     sft.main(sft.Args(**SMALL, output_dir=str(tmp_path / "done")))
-    monkeypatch.setattr(common.Run, "check_finite", lambda run, step, *rest: die_at(step, 2))
+    monkeypatch.setattr(common.Run, "check_finite", die_at(2))
     with pytest.raises(Killed):
         sft.main(sft.Args(**SMALL, save_every=1, output_dir=str(tmp_path / "moved")))
     monkeypatch.undo()
@@ -235,30 +227,6 @@ def test_resuming_what_cannot_be_resumed(tmp_path, monkeypatch):
     torch.testing.assert_close(one.state_dict(), other.state_dict())
     with pytest.raises(SystemExit, match="has finished; its model is in"):
         sft.main(sft.Args(resume=str(tmp_path / "done")))
-
-
-def run_with(code, tmp_path):
-    """The last line and the status of a real process that runs the code and then sft.py."""
-    code += "\nimport sft\nsft.main(sft.Args(num_steps=2, prompts_per_step=2, eval_prompts=2, save_every=1, "
-    code += f"output_dir={str(tmp_path / 'run')!r}))"
-    done = run_python("-c", code, cwd=REPO)
-    assert "Traceback" not in done.stderr
-    return done.stderr.strip().splitlines()[-1], done.returncode
-
-
-def test_a_full_disk(tmp_path):
-    """torch.save writes to the device that is always full."""
-    full = "def full(state, file):\n    save(state, open('/dev/full', 'wb'))\n"
-    line, status = run_with(f"import torch\nsave = torch.save\n{full}torch.save = full", tmp_path)
-    assert line.startswith("no space left on the disk") and status == 1
-    assert "free some and go on with --resume" in line
-    assert not (tmp_path / "run" / "checkpoint" / "state.pt").exists()
-
-
-def test_out_of_gpu_memory(tmp_path):
-    full = "def full(*args, **settings):\n    raise torch.OutOfMemoryError('Tried to allocate 2 GiB')\n"
-    line, status = run_with(f"import sft, torch\n{full}sft.token_logprobs = full", tmp_path)
-    assert line.startswith("out of GPU memory: lower --micro-batch-size") and "2 GiB" in line and status == 1
 
 
 @pytest.mark.parametrize("file", ["common.py", *(f"{script}.py" for script in SCRIPTS)])

@@ -158,10 +158,12 @@ def test_verifiers_get_columns_and_may_return_pairs_or_none(tmp_path):
     def ask(question, rows, texts):
         return torch.tensor([[0.1, 0.2, 0.3], [0.9, 0.8, NAN]])
 
-    scores, confidences = grape.score_items(rubrics["c"], rows, ["", "", ""], ask)
-    expected = torch.tensor([[0.5, 0.1], [NAN, 0.2], [1.0, 0.3]])
-    torch.testing.assert_close(scores, expected, equal_nan=True)
-    torch.testing.assert_close(confidences[:, 0], torch.tensor([0.25, 1.0, 1.0]))
+    scope = {"samples_per_prompt": 1, "confidence_scope": "none"}
+    rewards, scores, confidences = grape.score_rubrics(rubrics, ask, rows, ["", "", ""], **scope)
+    torch.testing.assert_close(scores["colour"], torch.tensor([0.5, NAN, 1.0]), equal_nan=True)
+    torch.testing.assert_close(scores["asked"], torch.tensor([0.1, 0.2, 0.3]))
+    torch.testing.assert_close(confidences["colour"], torch.tensor([0.25, 1.0, 1.0]))
+    torch.testing.assert_close(rewards, torch.tensor([(2 * 0.5 + 0.1) / 3, 0.2, (2 * 1.0 + 0.3) / 3]))
 
 
 def test_each_category_has_its_rubric(tmp_path):
@@ -177,14 +179,14 @@ def test_each_category_has_its_rubric(tmp_path):
     rows = [{"prompt": "p", "category": c} for c in "bbaabb"]
     texts = ["x" * n for n in range(6)]
     got, components, confidences = grape.score_rubrics(
-        rubrics, rows, texts, None, samples_per_prompt=2, confidence_scope="batch"
+        rubrics, None, rows, texts, samples_per_prompt=2, confidence_scope="batch"
     )
     torch.testing.assert_close(got, torch.tensor([0.0, 0.1, 1.0, 1.0, 0.4, 0.5]))
     assert components["one"].isnan().tolist() == [True, True, False, False, True, True]
     assert confidences["length"].nan_to_num(-1).tolist() == [1, 1, -1, -1, 1, 1]
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"p{i}", "category": "ab?"[i % 3]}) + "\n" for i in range(30)))
-    with pytest.raises(SystemExit, match=r'row \d+: "category" is none of a, b'):
+    with pytest.raises(SystemExit, match=r'row \d+ of --data: "category" is none of a, b'):
         grape.main(grape.Args(data=str(data), rubric=paths, output_dir=str(tmp_path / "run")))
 
 
@@ -261,7 +263,5 @@ def test_a_verifier_that_returns_nonsense_is_one_line(tmp_path, value):
     function = common.load_function("v.py:v", tmp_path)
     with pytest.raises(SystemExit, match="verifier v: returned"):
         grape.call_verifier("v", function, [{"prompt": "p"}], [""])
-    with pytest.raises(SystemExit, match="--rubric: name at least one"):
-        grape.load_rubrics(())
     with pytest.raises(SystemExit, match="--reward: name at least one"):
         common.load_reward((), ())

@@ -1,5 +1,8 @@
 """Sampling and scoring: what is sampled is what is scored, on absolute and rotary positions, padded or not."""
 
+from types import SimpleNamespace
+
+import common
 import grpo
 import trpo
 
@@ -22,7 +25,7 @@ def padded(prompts):
 def test_sampled_logprobs_are_those_of_training(model, temperature):
     prompt_ids, prompt_mask = padded(PROMPTS)
     torch.manual_seed(1)
-    ids, mask, sampled = grpo.rollout(
+    ids, mask, sampled, _ = grpo.rollout(
         model, prompt_ids, prompt_mask, samples_per_prompt=8, max_new_tokens=12, temperature=temperature
     )
     repeated = prompt_ids.repeat_interleave(8, 0), prompt_mask.repeat_interleave(8, 0)
@@ -35,7 +38,7 @@ def test_sampled_logprobs_are_those_of_training(model, temperature):
 
 def test_greedy_is_generates_greedy(model):
     prompt_ids, prompt_mask = padded(PROMPTS)
-    ids, mask, _ = grpo.rollout(
+    ids, mask, _, _ = grpo.rollout(
         model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=10, temperature=0.0
     )
     for prompt, row, keep in zip(PROMPTS, ids, mask > 0):
@@ -64,13 +67,14 @@ def test_every_stop_id_ends_a_row_and_is_counted():
     model = random_model("llama", vocab_size=8, stop_ids=(0, 3))
     prompt_ids, prompt_mask = padded([[5, 6], [7]])
     torch.manual_seed(0)
-    ids, mask, logprobs = grpo.rollout(
+    ids, mask, logprobs, truncated = grpo.rollout(
         model, prompt_ids, prompt_mask, samples_per_prompt=64, max_new_tokens=6, temperature=1.0
     )
     ends = set()
-    for row, keep, logprob in zip(ids.tolist(), mask.tolist(), logprobs):
+    for row, keep, logprob, cut in zip(ids.tolist(), mask.tolist(), logprobs, truncated.tolist()):
         stops = [t for t, token in enumerate(row) if token in (0, 3) and (t == 0 or keep[t])]
         length = stops[0] + 1 if stops else len(row)
+        assert cut == (not stops)
         assert keep == [1.0] * length + [0.0] * (len(row) - length)
         assert (logprob[:length] < 0).all() and (logprob[length:] == 0).all()
         ends.add(row[length - 1])
@@ -85,7 +89,7 @@ def test_sampling_is_the_whole_softmax(temperature):
         model.lm_head.weight.mul_(0.5)
     prompt_ids, prompt_mask = padded(PROMPTS[:1])
     torch.manual_seed(0)
-    ids, _, _ = grpo.rollout(
+    ids, _, _, _ = grpo.rollout(
         model, prompt_ids, prompt_mask, samples_per_prompt=40_000, max_new_tokens=1, temperature=temperature
     )
     probabilities = (model(prompt_ids).logits[0, -1] / temperature).softmax(-1)
@@ -106,7 +110,7 @@ def test_whole_completions_are_sampled_with_their_probabilities(kind):
     model, stop, draws = random_model(kind, vocab_size=4), (0,), 20_000
     prompts = [[1, 3], [2, 2, 1, 0, 3]]
     torch.manual_seed(0)
-    ids, mask, _ = grpo.rollout(model, *padded(prompts), samples_per_prompt=draws, max_new_tokens=3, temperature=1.5)
+    ids, mask, _, _ = grpo.rollout(model, *padded(prompts), samples_per_prompt=draws, max_new_tokens=3, temperature=1.5)
     for prompt, rows, keep in zip(prompts, ids.split(draws), mask.split(draws)):
         oracle = Oracle(model, prompt, max_new_tokens=3, stop_ids=stop, temperature=1.5)
         index = {tuple(completion): number for number, completion in enumerate(oracle.completions)}
@@ -125,7 +129,7 @@ def test_log_softmax_is_of_float32_logits():
     model = random_model("llama").to(torch.bfloat16)
     prompt_ids, prompt_mask = padded(PROMPTS)
     torch.manual_seed(0)
-    ids, mask, sampled = grpo.rollout(
+    ids, mask, sampled, _ = grpo.rollout(
         model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=4, temperature=0.7
     )
     scored = grpo.token_logprobs(model, prompt_ids, prompt_mask, ids, mask, temperature=0.7)
@@ -206,15 +210,15 @@ def test_log_probs_are_made_in_chunks_of_the_vocabulary(model):
     torch.testing.assert_close(again, gradient, atol=1e-6 * gradient.abs().max().item(), rtol=1e-4)
 
 
-def test_gradient_checkpointing_gets_the_same_gradient(model):
-    """In train mode the cache is gone, so nothing is shared: slower, and as right."""
+def test_gradient_checkpointing_gets_the_same_gradient(model, tokenizer, tmp_path):
+    """Layers that run twice would write a cache twice, so no prompt is shared: slower, and as right."""
     expected, gradient = scored(model, GROUPS, COMPLETIONS)
-    for module in model.modules():  # dropout, which load_model turns off
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    got, again = scored(model, GROUPS, COMPLETIONS)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    train = SimpleNamespace(gradient_checkpointing=True, lora_rank=0)
+    checkpointed, _ = common.load_model(str(tmp_path), torch.device("cpu"), train=train)
+    checkpointed.get_output_embeddings()._forward_hooks.clear()  # which cuts the logits of 43 tokens without a text off
+    got, again = scored(checkpointed, GROUPS, COMPLETIONS)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(again, gradient, atol=1e-4 * gradient.abs().max().item(), rtol=1e-3)
 

@@ -44,7 +44,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(script, tmp_path
             raise Killed
 
     monkeypatch.setattr(common.Run, "log", log_and_die)
-    monkeypatch.setattr(common.Run, "save", lambda run, step, parts: step < 4 and SAVE(run, step, parts))
+    monkeypatch.setattr(common.Run, "save", lambda run, step: step < 4 and SAVE(run, step))
     with pytest.raises(Killed):
         module.main(module.Args(**SMALL | fast, output_dir=str(tmp_path / "killed")))
     monkeypatch.undo()
@@ -68,7 +68,7 @@ def test_a_reward_that_draws_random_numbers_draws_on_after_a_resume(tmp_path, mo
     settings = SMALL | {"reward": (f"{tmp_path / 'lottery.py'}:draw",)}
     grpo = SCRIPTS["grpo"]
     grpo.main(grpo.Args(**settings, output_dir=str(tmp_path / "whole")))
-    monkeypatch.setattr(common.Run, "check_finite", lambda run, step, *rest: die_at(step, 4))
+    monkeypatch.setattr(common.Run, "check_finite", die_at(4))
     with pytest.raises(Killed):
         grpo.main(grpo.Args(**settings, output_dir=str(tmp_path / "killed")))
     monkeypatch.undo()
@@ -76,9 +76,15 @@ def test_a_reward_that_draws_random_numbers_draws_on_after_a_resume(tmp_path, mo
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
-def die_at(step, last):
-    if step == last:
-        raise Killed
+def die_at(last, check_finite=common.Run.check_finite):
+    """A check_finite that ends the run in that step, before its update."""
+
+    def check(run, step, norm):
+        if step == last:
+            raise Killed
+        return check_finite(run, step, norm)
+
+    return check
 
 
 # A process that has imported everything and computed nothing; what it forks is a run that starts at once.
@@ -177,32 +183,57 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(tmp_path):
     assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["step"] == steps
 
 
+@pytest.mark.parametrize("killed_in", [1, 2])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(killed_in, tmp_path, monkeypatch):
+    sft, settings = SCRIPTS["sft"], SMALL | {"num_steps": 3, "save_every": 3}
+    sft.main(sft.Args(**settings, output_dir=str(tmp_path / "whole")))
+    monkeypatch.setattr(common.Run, "check_finite", die_at(killed_in))
+    with pytest.raises(Killed):
+        sft.main(sft.Args(**settings, output_dir=str(tmp_path / "killed")))
+    monkeypatch.undo()
+    assert not (tmp_path / "killed" / "checkpoint").exists()
+    sft.main(sft.Args(resume=str(tmp_path / "killed")))
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
 def test_sigterm_saves_like_ctrl_c_and_a_second_one_ends_at_once(tmp_path, monkeypatch):
-    """What a scheduler sends before it takes the machine away."""
-    log = common.Run.log
+    """What a scheduler sends before it takes the machine away; the handlers are as before afterwards."""
+    log, twice, before = common.Run.log, False, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     def log_and_terminate(run, step, metrics):
         log(run, step, metrics)
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
-            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            if twice:
+                signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(common.Run, "log", log_and_terminate)
     sft = SCRIPTS["sft"]
     with pytest.raises(SystemExit, match="stopped after step 3; go on with"):
         sft.main(sft.Args(**SMALL, output_dir=str(tmp_path / "stopped")))
+    twice = True
+    with pytest.raises(KeyboardInterrupt):
+        sft.main(sft.Args(**SMALL, output_dir=str(tmp_path / "ended")))
+    assert torch.load(tmp_path / "ended" / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
     monkeypatch.undo()
     sft.main(sft.Args(resume=str(tmp_path / "stopped")))
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     sft.main(sft.Args(**SMALL, output_dir=str(tmp_path / "whole")))
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_a_signal_while_the_model_is_saved_does_not_lose_it(tmp_path, monkeypatch):
+    get_state = common.get_state
+    monkeypatch.setattr(common, "get_state", lambda *part: signal.raise_signal(signal.SIGTERM) or get_state(*part))
+    sft = SCRIPTS["sft"]
+    sft.main(sft.Args(**SMALL | {"save_every": 0}, output_dir=str(tmp_path / "run")))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_tensorboard_gets_each_steps_metrics_once_after_a_resume_too(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     sft, folder, settings = SCRIPTS["sft"], tmp_path / "run", SMALL | {"track": "tensorboard"}
-    monkeypatch.setattr(common.Run, "check_finite", lambda run, step, *rest: die_at(step, 4))
+    monkeypatch.setattr(common.Run, "check_finite", die_at(4))
     with pytest.raises(Killed):
         sft.main(sft.Args(**settings, output_dir=str(folder)))
     monkeypatch.undo()
@@ -216,25 +247,26 @@ def test_tensorboard_gets_each_steps_metrics_once_after_a_resume_too(tmp_path, m
         ]
 
 
-def test_wandb_gets_each_steps_metrics_and_a_resumed_run_its_own_id(tmp_path, monkeypatch):
-    """A stand-in for the package: what is called, with what."""
-    calls, logged = [], []
+def test_wandb_takes_tensorboards_metrics_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
+    """A stand-in for the package: what is called, with what, before the first metric is written."""
+    calls, sft, folder = [], SCRIPTS["sft"], tmp_path / "run"
 
     def init(**settings):
-        calls.append(settings)
-        return SimpleNamespace(log=lambda metrics, step: logged.append((step, set(metrics))))
+        calls.append(settings | {"begun": (folder / "tensorboard").exists()})
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=True))
-    sft, folder = SCRIPTS["sft"], tmp_path / "run"
-    monkeypatch.setattr(common.Run, "check_finite", lambda run, step, *rest: die_at(step, 4))
+    wandb = SimpleNamespace(init=init, __spec__=True)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(common.Run, "check_finite", die_at(4))
     with pytest.raises(Killed):
         sft.main(sft.Args(**SMALL, track="wandb", output_dir=str(folder)))
-    monkeypatch.setattr(common.Run, "check_finite", lambda *rest: None)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     sft.main(sft.Args(resume=str(folder)))
-    assert [step for step, _ in logged] == [0, 1, 2, 3, 3, 4, 5]
-    assert all({"loss/sft", "grad_norm", "time/update"} <= names for step, names in logged if step)
-    assert calls[0] == calls[1] and calls[0]["resume"] == "allow" and calls[0]["config"]["num_steps"] == 5
-    assert calls[0]["id"].startswith("run-") and calls[0]["dir"] == folder
+    assert [call.pop("begun") for call in calls] == [False, True]
+    first, second = calls
+    assert first.pop("config")["num_steps"] == second.pop("config")["num_steps"] == 5
+    assert first == second and first["resume"] == "allow" and first["sync_tensorboard"]
+    assert first["id"].startswith("run-") and first["dir"] == folder
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
@@ -245,25 +277,20 @@ def test_a_tracker_that_is_not_installed_is_named_before_a_model_is_loaded(packa
         SCRIPTS["sft"].main(SCRIPTS["sft"].Args(track=package, output_dir=str(tmp_path / "run")))
 
 
-@pytest.mark.parametrize("colour", [True, False])
-def test_the_terminal_shows_some_completions_with_their_rewards(colour, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: colour)
-    monkeypatch.delenv("NO_COLOR", raising=False)
+def test_the_terminal_shows_some_completions_with_their_rewards(tmp_path, capsys):
     sft = SCRIPTS["sft"]
     sft.main(sft.Args(**SMALL, reward=("exact_answer", "length"), output_dir=str(tmp_path / "run")))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     shown = [row for row in read_jsonl(tmp_path / "run" / "samples.jsonl") if row["phase"] == "eval"]
     assert len(lines) == 4 * 3  # at steps 0, 2, 4 and 5, of 4 prompts each
-    paint = {1.0: "\033[32m{}\033[0m", 0.0: "\033[31m{}\033[0m"} if colour else {1.0: "{}", 0.0: "{}"}
     first = shown[0]
-    told = paint[first["exact_answer"]].format(f"exact_answer {first['exact_answer']:.3g} length {first['length']:.3g}")
-    assert lines[0] == f"step 0     {first['prompt']} | {first['completion']} | {told}"
+    rewards = f"exact_answer {first['exact_answer']:.3g} length {first['length']:.3g}"
+    assert lines[0] == f"step 0     {first['prompt']} | {first['completion']} | {rewards}"
 
 
 def test_what_a_model_says_cannot_command_the_terminal(tmp_path, capsys):
     sft = SCRIPTS["sft"]
     run = common.Run(sft.Args(output_dir=str(tmp_path / "run")))
-    run.start({})
+    run.start()
     run.log_samples(0, "eval", ["a\nb"], ["\x1b[2J\x07\r85\x9b"], {"right": torch.tensor([1.0])})
     assert capsys.readouterr().out.strip() == "step 0     a b |  [2J  85  | right 1"
-    run.bar.close()

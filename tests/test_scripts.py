@@ -1,6 +1,6 @@
 """Whole runs: each script learns from the embedded default, and runs on a chat model with a data file of its own."""
 
-import ast
+import dataclasses
 import json
 import re
 import subprocess
@@ -108,8 +108,8 @@ def test_ratio_is_1_on_the_first_minibatch(script, tmp_path, monkeypatch):
     policy_loss, rollout = module.policy_loss, module.rollout
 
     def another_engine(*args, **settings):
-        ids, mask, logprobs = rollout(*args, **settings)
-        return ids, mask, logprobs - 0.05 * mask
+        ids, mask, logprobs, truncated = rollout(*args, **settings)
+        return ids, mask, logprobs - 0.05 * mask, truncated
 
     def spy(logprobs, old_logprobs, *args, **settings):
         ratios.append(((logprobs - old_logprobs).abs().max().item(), old_logprobs.sum(1).sort().values))
@@ -135,7 +135,7 @@ def test_ppo_scores_stop_tokens_and_bootstraps_what_was_cut_off(tmp_path, monkey
     args = ppo.Args(num_steps=2, prompts_per_step=16, max_new_tokens=3, eval_prompts=1, eval_every=5, beta=0.0)
     args.reward, args.output_dir = (f"{tmp_path}/one.py:one",), str(tmp_path / "run")
     ppo.main(args)
-    ids, mask, _ = rollouts[2]  # of the second step, after evaluation and the first; the value head has left 0
+    ids, mask, _, _ = rollouts[2]  # of the second step, after evaluation and the first; the value head has left 0
     (token_rewards, _, gae_mask), settings = gaes[1]
     ended = ((ids == 0) & (mask > 0)).any(1)
     assert ended.any() and not ended.all() and (gae_mask == mask).all()
@@ -184,6 +184,24 @@ def test_a_step_that_nothing_could_score_leaves_the_weights_finite(script, tmp_p
     assert "step 2: no reward could score any completion" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script", SAMPLING)
+def test_seconds_in_a_reward_are_the_scores_and_not_the_updates(script, tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "def slow(prompts, completions, **columns):\n"
+        "    time.sleep(0.0 if len(prompts) == 1 else 2.0)\n"
+        "    return [float(len(completion)) for completion in completions]\n"
+    )
+    args = SCRIPTS[script].Args(num_steps=1, prompts_per_step=2, samples_per_prompt=2, eval_prompts=1)
+    args.reward, args.output_dir = (f"{tmp_path}/slow.py:slow",), str(tmp_path / "run")
+    if script == "grape":
+        item = {"name": "slow", "weight": 1, "verifier": "slow.py:slow"}
+        (tmp_path / "rubric.json").write_text(json.dumps({"category": "any", "items": [item]}))
+        args.rubric = (str(tmp_path / "rubric.json"),)
+    metrics = SCRIPTS[script].main(args)
+    assert metrics["time/score"] >= 2.0 > metrics["time/update"] + metrics["time/rollout"] > 0
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "gspo", "cispo"])
 def test_grpo_loss_types_run_over_several_updates(loss_type, tmp_path):
     args = grpo.Args(num_steps=3, prompts_per_step=4, num_epochs=2, num_minibatches=2, loss_type=loss_type)
@@ -197,10 +215,15 @@ def test_grpo_loss_types_run_over_several_updates(loss_type, tmp_path):
     assert {name: recorded[name] for name in grpo.PAPER_SETTINGS[loss_type]} == grpo.PAPER_SETTINGS[loss_type]
 
 
-def test_ppo_stops_a_rollouts_updates_at_target_kl(tmp_path):
+def test_ppo_stops_a_rollouts_updates_at_target_kl(tmp_path, monkeypatch):
+    """The norm that is logged is of the updates that were made, not of the minibatch that the bound stopped."""
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: norms.append(clip(*a)) or norms[-1])
     args = ppo.Args(num_steps=1, prompts_per_step=4, num_epochs=8, target_kl=1e-6, eval_prompts=8)
     args.output_dir = str(tmp_path / "run")
     stopped = ppo.main(args)
+    norms = norms[1::2]  # after the value model's the policy's
+    assert 0 < len(norms) < 8 and stopped["grad_norm"] == pytest.approx((sum(norms) / len(norms)).item())
     args.target_kl, args.output_dir = None, str(tmp_path / "free")
     assert stopped["kl/old"] < 0.5 * ppo.main(args)["kl/old"]
 
@@ -271,7 +294,7 @@ def test_ppos_value_model_starts_at_0_and_shares_nothing_with_the_policy(tmp_pat
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: groups.append(self.param_groups) or step(self))
     monkeypatch.setattr(ppo, "compute_gae", lambda r, v, *a, **k: values.append(v) or compute_gae(r, v, *a, **k))
     ppo.main(ppo.Args(num_steps=1, prompts_per_step=4, eval_prompts=2, output_dir=str(tmp_path / "run")))
-    policy, value = ({p.data_ptr() for p in group["params"]} for group in groups[0])
+    policy, value = ({p.data_ptr() for p in param_groups[0]["params"]} for param_groups in groups[:2])
     assert policy and value and not policy & value
     assert (values[0] == 0).all()
 
@@ -298,6 +321,9 @@ def test_a_run_is_never_overwritten(tmp_path):
     with pytest.raises(SystemExit, match="already holds a run"):
         sft.main(sft.Args(output_dir=str(tmp_path)))
     assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="already holds a run"):
+        sft.main(sft.Args(output_dir=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(
@@ -323,7 +349,7 @@ def test_copies_are_equal():
     """Functions and classes of one name are the same to the letter, unless copies.DIFFERENT gives a reason."""
     texts = copies.read()
     assert copies.drifted(texts) == []
-    assert {"pad", "rollout", "token_logprobs", "evaluate"} <= set.intersection(
+    assert {"sample", "rollout", "token_logprobs", "evaluate"} <= set.intersection(
         *(set(copies.pieces(texts[s])) for s in texts)
     )
 
@@ -331,29 +357,45 @@ def test_copies_are_equal():
 def test_a_changed_copy_is_found_and_carried_to_its_twins():
     texts = copies.read()
     changed = texts | {"grpo": texts["grpo"].replace("log_ref_ratio.square() / 2", "log_ref_ratio.abs()")}
-    changed["grpo"] = changed["grpo"].replace("width = max(", "width = 1 + max(")
+    changed["grpo"] = changed["grpo"].replace("going.any()", "going.sum()")
     assert copies.drifted(changed) == [
-        "grpo.py: pad is not that of sft.py",
+        "grpo.py: rollout is not that of sft.py",
         "grape.py: policy_loss is not that of grpo.py",
     ]
     carried = copies.carry("grpo", changed)
     assert copies.drifted(carried) == []
     assert "log_ref_ratio.abs()" in carried["grape"] and carried["grpo"] == changed["grpo"]
-    assert all("width = 1 + max(" in text for text in carried.values())
-    assert carried["ppo"].replace("width = 1 + max(", "width = max(") == texts["ppo"]  # its own policy_loss untouched
+    assert all("going.sum()" in text for text in carried.values())
+    assert carried["ppo"].replace("going.sum()", "going.any()") == texts["ppo"]  # its own policy_loss untouched
 
 
 def test_flags_of_one_name_mean_one_thing():
     """Type and help of a flag that several scripts have; defaults may differ."""
     seen, own = {}, {"beta", "max_length", "loss_type"}  # of rewards or of the loss; of rows or of completions
     for script in SCRIPTS:
-        body = next(
-            n for n in ast.parse((REPO / f"{script}.py").read_text()).body if getattr(n, "name", "") == "Args"
-        ).body
-        for field, text in zip(body[::2], body[1::2]):
-            flag = (ast.unparse(field.annotation), text.value.value)
-            if field.target.id not in own:
-                assert seen.setdefault(field.target.id, flag) == flag, f"{script}.py: {field.target.id}"
+        lines = re.findall(
+            r"^    (\w+): ([^=\n]+) = [^#\n]*  # (.+)$", (REPO / f"{script}.py").read_text(), re.MULTILINE
+        )
+        assert [name for name, _, _ in lines] == [field.name for field in dataclasses.fields(SCRIPTS[script].Args)]
+        for name, *flag in lines:
+            if name not in own:
+                assert seen.setdefault(name, flag) == flag, f"{script}.py: {name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_flag_has_a_help_of_its_own(script, capsys):
+    """As tyro prints it: a comment over several fields would be the help of each, one in a wrong place of none."""
+    with pytest.raises(SystemExit):
+        tyro.cli(SCRIPTS[script].Args, args=["--help"], prog="script")
+    printed = re.sub(r"[^\x20-\x7e]|\s", "", capsys.readouterr().out)  # without the frame and its line breaks
+    helps = []
+    for line in (REPO / f"{script}.py").read_text().splitlines():
+        if match := re.match(r"    (\w+): [^#]*  # (.+)$", line):
+            name, text = match.groups()
+            helps.append(text)
+            shown = re.search(rf"--{name.replace('_', '-')}.*?\(default", printed)
+            assert re.sub(r"\s", "", text) in shown.group(), name
+    assert len(set(helps)) == len(helps) == len(dataclasses.fields(SCRIPTS[script].Args))
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "trpo"])
@@ -366,6 +408,7 @@ def test_learning_rate_warms_up_and_falls_to_0(script, tmp_path, monkeypatch):
         if hasattr(args, name):
             setattr(args, name, 1)
     SCRIPTS[script].main(args)
+    rates = rates[:: 2 if script == "ppo" else 1]  # its value model has an optimizer of its own
     assert rates == pytest.approx([0.5e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
@@ -385,7 +428,9 @@ def test_the_kl_to_the_starting_model_is_taken_off_the_rewards(script, tmp_path,
     if script != "trpo":
         args.learning_rate = 3e-3
     module.main(args)
-    (_, prompt_ids, prompt_mask), (ids, mask, sampled) = rollouts[2]  # of the second step, where the policy has moved
+    (_, prompt_ids, prompt_mask), (ids, mask, sampled, _) = rollouts[
+        2
+    ]  # of the second step, where the policy has moved
     start = common.load_model("models/arithmetic", torch.device("cpu"))[0]
     prompts = (x.repeat_interleave(4, 0) for x in (prompt_ids, prompt_mask))
     with torch.no_grad():

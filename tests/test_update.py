@@ -68,8 +68,8 @@ class Recording:
         randperm = torch.randperm
         monkeypatch.setattr(torch, "randperm", lambda n, **k: self.on_order(randperm(n, **k), k))
         (tmp_path / "mine.py").write_text(JUDGE)
-        common_settings = {"num_steps": 2, "prompts_per_step": 6, "micro_batch_size": 5, "eval_prompts": 2}
-        args = module.Args(model=chat_model, data=chat_data, **(common_settings | settings))
+        common_settings = {"num_steps": 2, "prompts_per_step": 6, "micro_batch_size": 5, "eval_prompts": 6}
+        args = module.Args(model=chat_model, data=chat_data, eval_data=chat_data, **(common_settings | settings))
         args.reward, args.learning_rate = (f"{tmp_path}/mine.py:judge",), 1e-3
         args.max_new_tokens, args.output_dir = 4, str(tmp_path / "run")
         if module not in (sft, dpo):
@@ -97,7 +97,7 @@ class Recording:
         if settings["temperature"] > 0:
             rows = list(zip(prompt_ids, prompt_mask)), list(zip(*result))
             prompts = [ids[mask > 0].tolist() for ids, mask in rows[0]]
-            completions = [ids[mask > 0].tolist() for ids, mask, _ in rows[1]]
+            completions = [ids[mask > 0].tolist() for ids, mask, _, _ in rows[1]]
             old_value = copy.deepcopy(self.value_model) if hasattr(self, "value_model") else None
             self.rollouts.append(
                 SimpleNamespace(
@@ -314,8 +314,8 @@ def test_ppo(record, tokenizer, monkeypatch, passes):
     models = []
 
     class Spied(ppo.ValueModel):
-        def __init__(self, trunk):
-            super().__init__(trunk)
+        def __init__(self, model):
+            super().__init__(model)
             self.double()
             with torch.no_grad():
                 self.head.weight.fill_(0.05)
@@ -338,7 +338,7 @@ def test_ppo(record, tokenizer, monkeypatch, passes):
     def values_of(value_model, rollout):
         rows = []
         for prompt, completion in zip(rollout.prompts, rollout.completions):
-            hidden = value_model.trunk(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
+            hidden = value_model.base_model(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
             rows.append(value_model.head(hidden)[len(prompt) - 1 :, 0])  # [T+1]
         return rows
 

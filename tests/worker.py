@@ -36,9 +36,9 @@ def in_double(rollout):
 
     def sample(*args, **settings):
         torch.Tensor.float = FLOAT
-        completion_ids, *rest = rollout(*args, **settings)
+        completion_ids, completion_mask, logprobs, truncated = rollout(*args, **settings)
         torch.Tensor.float = torch.Tensor.double
-        return completion_ids, *(tensor.double() for tensor in rest)
+        return completion_ids, completion_mask.double(), logprobs.double(), truncated
 
     return sample
 
@@ -47,7 +47,7 @@ def by_prompt(rollout):
     """A rollout in which a prompt's completions depend on nothing but the prompt and the policy."""
 
     def sample(model, prompt_ids, prompt_mask, **settings):
-        results = [], [], []
+        results = [], [], [], []
         for row, mask in zip(prompt_ids, prompt_mask):
             row = row[mask > 0]
             with torch.random.fork_rng():
@@ -55,20 +55,21 @@ def by_prompt(rollout):
                 sampled = in_double(rollout)(model, row[None], torch.ones_like(row)[None], **settings)
             for rows, result in zip(results, sampled):
                 rows += list(result)
-        return tuple(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in results)
+        padded = [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in results[:3]]
+        return *padded, torch.stack(results[3])
 
     return sample
 
 
-def checked(whole):
-    """common.whole, where a model has all of its parameters within it, and its share outside."""
+def checked(gathered):
+    """common.gathered, where a model has all of its parameters within it, and its share outside."""
 
     @contextlib.contextmanager
     def watch(model):
-        with whole(model):
+        with gathered(model):
             yield
             assert not any(hasattr(p, "to_local") for p in model.parameters())
-        if model in common.sharded:
+        if hasattr(model, "unshard"):
             parameters = list(model.parameters())
             share = sum(p.to_local().numel() for p in parameters) / sum(p.numel() for p in parameters)
             assert 0.9 < share * common.WORLD_SIZE < 1.1
@@ -80,10 +81,10 @@ def run(script: str, args: dict, die: tuple[int, int] = (-1, -1), own_rollout: b
     module, check_finite = importlib.import_module(script), common.Run.check_finite
     rollout, module.rollout = module.rollout, in_double(module.rollout) if own_rollout else by_prompt(module.rollout)
 
-    def dying(self, step, stats, batch):
+    def dying(self, step, norm):
         if (common.RANK, step) == tuple(die):
             os.kill(os.getpid(), signal.SIGKILL)
-        check_finite(self, step, stats, batch)
+        return check_finite(self, step, norm)
 
     common.Run.check_finite = dying
     module.main(module.Args(**{name: tuple(v) if isinstance(v, list) else v for name, v in args.items()}))
@@ -91,7 +92,7 @@ def run(script: str, args: dict, die: tuple[int, int] = (-1, -1), own_rollout: b
 
 
 if __name__ == "__main__":
-    common.AutoModelForCausalLM.from_pretrained, common.whole = load_double, checked(common.whole)
+    common.AutoModelForCausalLM.from_pretrained, common.gathered = load_double, checked(common.gathered)
     sleep = time.sleep
     if common.WORLD_SIZE > 1:  # one process group for all jobs, and one end
         torch.distributed.init_process_group("gloo")
