@@ -402,10 +402,10 @@ def completion_tokens(tokenizer, prompt: str | list[dict], completion: str | lis
     Prompt and completion are tokenised apart, so the prompt's ids are those of a rollout, whatever the completion
     begins with (huggingface/trl#2209). The stop token is the one with which the chat template ends a turn, if it does.
     """
-    start, whole = render(tokenizer, prompt), render(tokenizer, prompt, text_of(completion))
-    if not whole.startswith(start):
+    start, text = render(tokenizer, prompt), render(tokenizer, prompt, text_of(completion))
+    if not text.startswith(start):
         raise SystemExit("the chat template writes an answered prompt unlike an open one: no completion to train on")
-    ids = tokenizer(whole[len(start) :], add_special_tokens=False).input_ids
+    ids = tokenizer(text[len(start) :], add_special_tokens=False).input_ids
     stops = [index for index, token in enumerate(ids) if token in stop_ids]
     return ids[: stops[-1] + 1] if stops else [*ids, tokenizer.eos_token_id]
 

@@ -428,7 +428,6 @@ def main(args: Args) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     G = args.samples_per_prompt
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-
     ask = partial(ask_critic, critic, critic_tokenizer, batch_size=args.micro_batch_size)
     judge = partial(score_rubrics, rubrics, ask, samples_per_prompt=G, confidence_scope=args.confidence_scope)
     loss_settings = {"loss_type": args.loss_type, "clip_low": args.clip_low, "clip_high": args.clip_high}

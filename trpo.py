@@ -326,11 +326,11 @@ def main(args: Args) -> dict[str, float]:
     run = common.Run(args)
     device, autocast = common.pick_device(args), common.autocast(args)
     # whole in each process and in float32, as it is differentiated twice; FSDP's parameters cannot be
-    whole = {"train": replace(args, dtype="float32"), "sharded": False}
-    model, tokenizer = common.load_model(args.model, device, **whole)
+    replicated = {"train": replace(args, dtype="float32"), "sharded": False}
+    model, tokenizer = common.load_model(args.model, device, **replicated)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     ref_model = common.load_reference(args, model, device) if args.beta else None
-    old_model, _ = common.load_model(args.model, device, **whole)  # the policy that sampled
+    old_model, _ = common.load_model(args.model, device, **replicated)  # the policy that sampled
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     G = args.samples_per_prompt
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}

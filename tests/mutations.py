@@ -251,8 +251,8 @@ MUTATIONS = [
         "A11",
         "nor before a completion.",
         "common.py",
-        "tokenizer(whole[len(start) :], add_special_tokens=False)",
-        "tokenizer(whole[len(start) :])",
+        "tokenizer(text[len(start) :], add_special_tokens=False)",
+        "tokenizer(text[len(start) :])",
         COMMON + "a_template_that_writes_bos_gets_no_second_one",
     ),
     Mutation(
@@ -348,8 +348,8 @@ MUTATIONS = [
         "B1",
         "The prompt's ids are a prefix: completion and prompt never merge into one token.",
         "common.py",
-        "ids = tokenizer(whole[len(start) :], add_special_tokens=False).input_ids",
-        "ids = tokenizer(whole, add_special_tokens=False).input_ids[len(prompt_tokens(tokenizer, prompt)) :]",
+        "ids = tokenizer(text[len(start) :], add_special_tokens=False).input_ids",
+        "ids = tokenizer(text, add_special_tokens=False).input_ids[len(prompt_tokens(tokenizer, prompt)) :]",
         COMMON + "a_completion_is_tokenised_apart_from_its_prompt",
     ),
     Mutation(
