@@ -847,14 +847,6 @@ MUTATIONS = [
         RUNS + "a_run_that_was_killed_before_its_first_checkpoint_begins_again",
     ),
     Mutation(
-        "R1",
-        "and the closing line tells the accuracy that the run began with.",
-        "common.py",
-        'rows[0]["eval/accuracy"]',
-        'rows[-1 if self.done else 0]["eval/accuracy"]',
-        RUNS + "a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[sft]",
-    ),
-    Mutation(
         "R2",
         "A kill during a save leaves the last good checkpoint.",
         "common.py",

@@ -97,7 +97,7 @@ JOBS = {
     "grpo-lora": {"script": "grpo", "num_minibatches": 1, "beta": 0.1, "lora_rank": 2},
     "dpo": {
         "script": "dpo",
-        "num_steps": 4,
+        "num_steps": 6,
         "prompts_per_step": 10,
     },  # more than an epoch, with log-probs kept from the first one, whose last step has rows of the next one
     "dpo-live": {"script": "dpo", "reference": "live", "lora_rank": 2},
