@@ -267,11 +267,11 @@ def surrogate_and_kl(model, old_model, chunks, *, temperature):
     """The surrogate and the KL to the old policy, per token, of the parameters as they are: a fresh forward of both."""
     tokens = common.total(sum(chunk[3].sum() for chunk in chunks)).clamp(min=1)
     surrogate = kl = 0.0
-    wide = torch.float32 if tokens.device.type == "mps" else torch.float64
+    dtype = torch.float32 if tokens.device.type == "mps" else torch.float64
     for *chunk, advantages in chunks:
         old, new = (next_token_logprobs(m, *chunk, temperature=temperature) for m in (old_model, model))
         # normalised once more: that float32's probabilities do not quite add up to 1 moves a KL by 1e-7
-        old, new = (x.to(wide).log_softmax(-1) for x in (old, new))
+        old, new = (x.to(dtype).log_softmax(-1) for x in (old, new))
         kl += ((old.exp() * (old - new)).sum(-1) * chunk[-1]).sum() / tokens
         old, new = (x.gather(-1, chunk[2][..., None])[..., 0] for x in (old, new))
         surrogate -= policy_loss(new, old, advantages, chunk[-1], normalizer=tokens)
@@ -385,10 +385,8 @@ def main(args: Args) -> dict[str, float]:
         if gradient.any():  # there is none where no completion was better than another
             old_model.load_state_dict(model.state_dict())
             some = rows_of[:, : args.fisher_samples].flatten()
-            settings = {
-                "temperature": args.temperature,
-                "normalizer": common.total(completion_mask[some].sum()).clamp(min=1),
-            }
+            tokens = common.total(completion_mask[some].sum()).clamp(min=1)
+            settings = {"temperature": args.temperature, "normalizer": tokens}
             micros = some.split(args.micro_batch_size)
             factors = [fisher_factors(model, [x[micro] for x in batch], **settings) for micro in micros]
             fvp = partial(fisher_vector_product, factors, parameters)

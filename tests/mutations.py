@@ -687,7 +687,7 @@ MUTATIONS = [
         "D12",
         "of which float32 tells a KL of 1e-8 too,",
         "trpo.py",
-        "old, new = (x.to(wide).log_softmax(-1) for x in (old, new))",
+        "old, new = (x.to(dtype).log_softmax(-1) for x in (old, new))",
         "pass",
         TRPO + "a_kl_of_1e_8_can_be_measured_with_a_model_in_float32",
     ),
