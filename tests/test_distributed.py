@@ -52,7 +52,11 @@ def weights(folder):
 
 def figures(folder):
     rows = [
-        {name: value for name, value in row.items() if not name.startswith(("time/", "memory/", "tokens_per_second"))}
+        {
+            name: float("nan") if value is None else value  # an item of a category that no prompt of the step had
+            for name, value in row.items()
+            if not name.startswith(("time/", "memory/", "tokens_per_second"))
+        }
         for row in read_jsonl(folder / "metrics.jsonl")
     ]
     rows[1].pop("reward/accuracy", None)  # dpo.py's; its first margins are 0 but for rounding
@@ -103,6 +107,8 @@ JOBS = {
     "dpo-live": {"script": "dpo", "reference": "live", "lora_rank": 2},
     "grape": {"script": "grape", "num_minibatches": 1},
     "grape-batch": {"script": "grape", "num_minibatches": 1, "confidence_scope": "batch"},
+    # a prompt for each process and step: in some steps only one of them has a question for the critic
+    "grape-few": {"script": "grape", "num_minibatches": 1, "prompts_per_step": 2, "num_steps": 4},
 }
 
 
