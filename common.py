@@ -3,26 +3,31 @@
 What a user can get wrong ends in SystemExit with one line: what is wrong, where, and how to mend it.
 """
 
+import asyncio
 import contextlib
+import copy
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
 import os
 import random
 import re
-import runpy
 import shlex
+import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MethodType
 
@@ -40,16 +45,23 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
 
 transformers.utils.logging.disable_progress_bar()
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 if WORLD_SIZE > 1 and torch.cuda.is_available():  # before a reward file puts a model on the first GPU
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
-POSITIVE = "prompts_per_step samples_per_prompt micro_batch_size max_new_tokens max_length temperature learning_rate "
-POSITIVE += "value_learning_rate max_grad_norm eval_every eval_prompts num_epochs num_minibatches max_kl "
-POSITIVE += "fisher_samples cg_iterations"
+
+@contextlib.contextmanager
+def explained(what: str, kinds=Exception):
+    """An error of these kinds ends the run in one line: what was wrong, and the error's own first line."""
+    try:
+        yield
+    except kinds as error:
+        raise SystemExit(f"{what}: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def check_args(args):
@@ -58,11 +70,11 @@ def check_args(args):
     Only --device and --micro-batch-size may then be given anew: they change a result by its last digits at most.
     """
     if args.resume:
-        own, stored = vars(args), {}
-        with contextlib.suppress(OSError, ValueError):
+        own = vars(args)
+        with explained(f"--resume {args.resume}: not the folder of a run of this script", (OSError, ValueError)):
             stored = json.loads(Path(args.resume, "args.json").read_text())
-        if stored.keys() != own.keys():
-            raise SystemExit(f"--resume {args.resume}: not the folder of a run of this script")
+            if stored.keys() != own.keys():
+                raise ValueError("its flags are others")
         stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         stored |= {"resume": args.resume, "output_dir": args.resume}
         given = {name for name in own if own[name] not in (stored[name], getattr(type(args), name))}
@@ -70,28 +82,23 @@ def check_args(args):
             flags = " ".join(f"--{name.replace('_', '-')}" for name in fixed)
             raise SystemExit(f"--resume {args.resume}: goes on with that run's own settings; leave out {flags}")
         args = type(args)(**stored | {name: own[name] for name in given})
-    for name in POSITIVE.split():
+    counts = "prompts_per_step samples_per_prompt micro_batch_size max_new_tokens num_epochs num_minibatches eval_every"
+    for name in [*counts.split(), "eval_prompts", "temperature", "learning_rate", "max_grad_norm"]:
         if not getattr(args, name, 1) > 0:  # as NaN is not
             raise SystemExit(f"--{name.replace('_', '-')}: {getattr(args, name)}, but it must be more than 0")
-    if args.prompts_per_step % WORLD_SIZE:
-        raise SystemExit(f"--prompts-per-step: {args.prompts_per_step} do not divide among {WORLD_SIZE} processes")
-    for package in {"tensorboard": ("tensorboard",), "wandb": ("wandb", "tensorboard")}.get(args.track, ()):
-        if not importlib.util.find_spec(package):
-            raise SystemExit(f"--track {args.track}: needs `pip install {package}`")
+    minibatches = getattr(args, "num_minibatches", 1)
+    if args.prompts_per_step % (WORLD_SIZE * minibatches):
+        parts = f"{WORLD_SIZE} processes and {minibatches} minibatches"
+        raise SystemExit(f"--prompts-per-step: {args.prompts_per_step} do not divide among {parts}")
     return args
 
 
 def pick_device(args) -> torch.device:
     """The device of --device; auto is CUDA, else MPS, else the CPU."""
-    mps, cuda = torch.backends.mps.is_available() and WORLD_SIZE == 1, torch.cuda.is_available()
-    device = args.device if args.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if cuda and device != "cpu" and processes > 1 and (":" in device or processes > gpus):
-        raise SystemExit(f"--device {device}: {processes} processes need --device cuda and a GPU each, of {gpus} here")
-    try:
+    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = auto if args.device == "auto" else args.device
+    with explained(f"--device {device}: cannot be used", (RuntimeError, AssertionError)):
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def autocast(args) -> torch.autocast:
@@ -179,28 +186,40 @@ def load_model(path: str, device: torch.device, *, train=None, sharded: bool = T
     path = bundled(path)
     if Path(path, "adapter_config.json").exists():
         raise SystemExit(f"{named_by} {path}: adapters, not a model; merge them as docs/scaling.md shows")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    with explained(f"{named_by} {path}: not the folder or hub id of a causal language model"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # without dtype the checkpoint's own would be loaded, often bfloat16 (huggingface/transformers#42805)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
-    except Exception as error:  # a missing folder, another kind of model, a truncated file, ...
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise SystemExit(f"{named_by} {path}: not the folder or hub id of a causal language model ({reason})") from None
+        settings = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, **settings
+        )
+        old = ("attn.bias", "masked_bias")  # GPT-2's buffers, which were saved once
+        unfit = {kind: sorted(str(x) for x in names if not str(x).endswith(old))[:3] for kind, names in loading.items()}
+        if any(unfit.values()):
+            raise ValueError(f"its weights do not fit, such as {unfit}")
+        if hasattr(model.config, "quantization_config"):
+            raise ValueError("its weights are quantized and cannot be trained")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        model.config.get_text_config().output_router_logits = False  # they are for a loss of their own
+    # the processor of a model that sees or hears, without which the saved one would not open
+    files = [f"{kind}_config.json" for kind in ("preprocessor", "processor", "video_preprocessor")]
+    found = [cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in files]
+    model.processor_files = [file for file in found if file]
     eos, vocab_size = model.generation_config.eos_token_id, max(tokenizer.get_vocab().values()) + 1
     stop_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     if not stop_ids:
         raise SystemExit(f"{named_by} {path}: no stop token; set eos_token_id in its generation_config.json")
     # a new one: with the checkpoint's own sampling fields kept, saving could be refused after the training
-    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=min(stop_ids))
+    pad_id = min(stop_ids) if model.generation_config.pad_token_id is None else model.generation_config.pad_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=pad_id)
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits[..., :vocab_size])
     ids = torch.tensor([[min(stop_ids), 0]])
-    with torch.no_grad():
-        first = model(input_ids=ids[:, :1], use_cache=True)
-        cached = hasattr(getattr(first, "past_key_values", None), "reorder_cache")
+    kind = "no causal language model with a KV cache, or one whose logits common.logits_of does not make"
+    with torch.no_grad(), explained(f"{named_by} {path}: {kind}", (AttributeError, AssertionError)):
+        first = model(input_ids=ids[:, :1], attention_mask=torch.ones_like(ids[:, :1]), use_cache=True)
         logits = logits_of(model, model.base_model(input_ids=ids).last_hidden_state)
-        if not cached or not torch.allclose(first.logits, logits[:, :1], atol=1e-3, rtol=1e-3):
-            kind = "no causal language model with a KV cache, or one whose logits common.logits_of does not make"
-            raise SystemExit(f"{named_by} {path}: {kind}")
+        torch.testing.assert_close(first.logits, logits[:, :1], atol=1e-3, rtol=1e-3)
+        first.past_key_values.reorder_cache(torch.tensor([0]))
     if train and train.lora_rank:
         add_adapters(model, train)
     if train and train.gradient_checkpointing:
@@ -211,31 +230,25 @@ def load_model(path: str, device: torch.device, *, train=None, sharded: bool = T
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         model.base_model.recomputes = True
     model.trunk = MethodType(lambda model, **inputs: model.base_model(**inputs), model)
-    if WORLD_SIZE > 1 and sharded:
-        shard(model, device)
-        register_fsdp_forward_method(model, "trunk")
-    return model.to(device), tokenizer
+    model = shard(model, device) if sharded else model.to(device)
+    register_fsdp_forward_method(model, "trunk")  # which does nothing to a model that is not sharded
+    return model, tokenizer
 
 
 def add_adapters(model, args) -> None:
     """Freeze the model and give each of its linear layers but the head a trainable LoRA adapter (arXiv 2106.09685)."""
-    try:
+    with explained("--lora-rank: needs `pip install peft`", ImportError):
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
-        raise SystemExit("--lora-rank: needs `pip install peft`") from None
     # an alpha that does not grow with the rank lets one learning rate fit all ranks (thinkingmachines.ai/blog/lora)
     settings = {"lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    try:
+    with explained("--lora-rank: a layer that peft cannot adapt", ValueError):
         model.add_adapter(LoraConfig(r=args.lora_rank, **settings))
-    except ValueError as error:  # a layer that peft cannot adapt
-        raise SystemExit(f"--lora-rank: {str(error).splitlines()[0]}") from None
     with autocast(args):  # which keeps the casts of trained weights, but makes those of frozen ones in each pass anew
-        kind = pick_device(args).type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        bfloat16 = torch.is_autocast_enabled(pick_device(args).type)
     for layer in model.modules():
-        if dtype and isinstance(layer, BaseTunerLayer):
-            layer.base_layer.to(dtype)
+        if bfloat16 and isinstance(layer, BaseTunerLayer):
+            layer.base_layer.to(torch.bfloat16)
 
 
 class AdaptersOff:
@@ -303,52 +316,73 @@ def without_carry(a: int, b: int) -> int:
     return (a // 10 + b // 10) % 10 * 10 + (a + b) % 10
 
 
-def read_rows(source: str, columns: tuple[str, ...]) -> list[dict]:
-    """Rows of `arithmetic`, of a .jsonl file or of a hub data set's train split (`id` or `id:configuration`)."""
+def read_rows(source: str, columns: tuple[str, ...], prepare: Callable | None = None) -> list[dict]:
+    """Rows of `arithmetic`, of a .jsonl, .json, .csv or .parquet file, or of a hub data set's train split (`id` or
+    `id:configuration`), after `prepare(row)`; they must have the columns."""
     if source == "arithmetic":
         return arithmetic()
-    if Path(source).is_file():
-        rows = []
-        for number, line in enumerate(Path(source).read_bytes().splitlines(), 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except ValueError as error:  # no JSON, or no UTF-8
-                raise SystemExit(f"{source}, line {number}: not JSON ({error})") from None
-    elif source.endswith((".jsonl", ".json")):
-        raise SystemExit(f"--data {source}: no such file")
-    else:
-        try:
-            import datasets
-        except ImportError:
-            raise SystemExit(f"--data {source}: no such file; a hub data set needs `pip install datasets`") from None
-        name, _, configuration = source.partition(":")
-        try:
-            rows = list(datasets.load_dataset(name, configuration or None, split="train"))
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"--data {source}: {str(error).splitlines()[0]}") from None
+    file, rows, lines = Path(source), [], []
+    with explained(source, (OSError, ValueError)):
+        if file.suffix in (".csv", ".parquet") or not (file.is_file() or file.suffix in (".json", ".jsonl")):
+            with explained(f"{source}: needs `pip install datasets`", ImportError):
+                import datasets
+            name, _, configuration = source.partition(":")
+            local = {"path": file.suffix[1:], "data_files": source}
+            hub = {"path": name, "name": configuration or None}
+            rows = list(datasets.load_dataset(**(local if file.is_file() else hub), split="train"))
+        else:
+            lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # the mark that Excel and Windows put
+        if next(filter(bytes.strip, lines), b"").lstrip().startswith(b"["):  # a .json file is one list
+            rows, lines = json.loads(b"\n".join(lines)), []
+    for number, line in enumerate(lines, 1):
+        with explained(f"{source}, line {number}: not JSON", ValueError):
+            rows += [json.loads(line)] if line.strip() else []
     if not rows:
-        raise SystemExit(f"--data {source}: has no rows")
+        raise SystemExit(f"{source}: has no rows")
+    texts = ("prompt", "completion", "chosen", "rejected", "messages")  # columns of texts or chat messages
     for number, row in enumerate(rows, 1):
-        for column in columns:
-            value = row.get(column) if isinstance(row, dict) else None
-            turns = value if isinstance(value, list) else [{"role": "user", "content": value}]
-            texts = [turn.get("role") and turn.get("content") if isinstance(turn, dict) else None for turn in turns]
-            if not texts or not all(text and isinstance(text, str) for text in texts):
-                needed = "a text or messages with role and content"
-                raise SystemExit(f'{source}, row {number}: "{column}" is missing or empty, or not {needed}')
+        with explained(f"{source}, row {number}", (ValueError, TypeError, KeyError, AttributeError)):
+            # NaN is no JSON, and half of a surrogate pair no text: a log or a tokenizer would end the run at them
+            json.dumps(row, ensure_ascii=False, allow_nan=False, default=str).encode()
+            row = {name: to_turns(value) if name in texts else value for name, value in row.items()}
+            rows[number - 1] = row = prepare(row) if prepare else row
+            if empty := [column for column in columns if not row.get(column)]:
+                raise ValueError(f'"{empty[0]}" is missing or empty')
     return rows
 
 
-def load_data(source: str, eval_source: str, eval_prompts: int, columns: tuple[str, ...]) -> tuple[list, list]:
+def to_turns(value: str | list | None) -> str | list[dict] | None:
+    """A text as it is; messages with a text as their content."""
+    if isinstance(value, str | None):
+        return value
+    turns = without_none(value) if isinstance(value, list) else [value]
+    for turn in turns:
+        parts = turn.get("content", "") if isinstance(turn, dict) and turn.get("role") else [{}]
+        texts = [parts] if isinstance(parts, str) else [part.get("text") for part in parts]
+        if None in texts or not (any(texts) or turn.get("tool_calls") or turn["role"] in ("system", "tool")):
+            raise ValueError(f"neither a text nor messages with role and content: {value!r:.100}")
+        turn["content"] = "".join(texts)
+    return turns
+
+
+def without_none(value):
+    """Without the None that Arrow puts where another row has something; a tool call's arguments as an object."""
+    if isinstance(value, dict):
+        arguments = {"arguments": json.loads(value["arguments"])} if isinstance(value.get("arguments"), str) else {}
+        return {key: without_none(part) for key, part in value.items() if part is not None} | arguments
+    return [without_none(part) for part in value] if isinstance(value, list) else value
+
+
+def load_data(source: str, eval_source: str, eval_prompts: int, columns: tuple, prepare=None) -> tuple[list, list]:
     """Rows to train on, which must have the columns, and at most `eval_prompts` rows held out.
 
     Without an `eval_source` a tenth of the prompts is held out, chosen by hash, so that it is the same in each run.
     """
-    rows = read_rows(source, columns)
+    rows = read_rows(source, columns, prepare)
     if eval_source:
-        held_out = read_rows(eval_source, ("prompt",))
+        held_out = read_rows(eval_source, ("prompt",), prepare)
     else:
-        digests = [hashlib.md5(json.dumps(row["prompt"]).encode()).hexdigest() for row in rows]
+        digests = [hashlib.md5(json.dumps(row["prompt"], default=str).encode()).hexdigest() for row in rows]
         by_digest = dict(sorted(zip(digests, rows), key=lambda item: item[0]))
         if len(by_digest) < 2:
             raise SystemExit(f"--data {source}: one prompt only, so none can be held out; add rows or give --eval-data")
@@ -358,56 +392,91 @@ def load_data(source: str, eval_source: str, eval_prompts: int, columns: tuple[s
     held_out = held_out[:eval_prompts]
     if len(held_out) < WORLD_SIZE:
         raise SystemExit(f"{eval_source or source}: {len(held_out)} held-out prompts for {WORLD_SIZE} processes")
-    return rows, held_out
+    columns = dict.fromkeys(name for row in rows + held_out for name in row)  # a reward gets all, in each batch
+    return [columns | row for row in rows], [columns | row for row in held_out]
 
 
 def take_batch(rows: list, step: int, args) -> list:
     """This process's rows of a step (from 1): epoch after epoch, each in an order that seed and epoch determine."""
-    orders, batch = {}, []
-    for position in range((step - 1) * args.prompts_per_step, step * args.prompts_per_step):
-        epoch, index = divmod(position, len(rows))
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            orders[epoch] = torch.randperm(len(rows), generator=generator).tolist()
-        batch.append(rows[orders[epoch][index]])
-    return share(batch)
+    first = (step - 1) * args.prompts_per_step
+    epochs = range(first // len(rows), (first + args.prompts_per_step - 1) // len(rows) + 1)
+    generators = [torch.Generator().manual_seed(args.seed * 1_000_003 + epoch) for epoch in epochs]
+    orders = torch.cat([torch.randperm(len(rows), generator=generator) for generator in generators]).tolist()
+    return share([rows[index] for index in orders[first % len(rows) :][: args.prompts_per_step]])
 
 
 def text_of(message: str | list[dict]) -> str:
     return message if isinstance(message, str) else "\n".join(turn["content"] for turn in message)
 
 
-def render(tokenizer, prompt: str | list[dict], answer: str | None = None) -> str:
-    """The prompt, and its answer if given, as the model reads it; a chat template makes a string prompt a user turn."""
-    if not tokenizer.chat_template and not isinstance(prompt, str):
-        raise SystemExit("the data holds chat messages but the tokenizer has no chat template; give string prompts")
-    if not tokenizer.chat_template:
-        return prompt + (answer or "")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
-    except Exception as error:  # whatever a template may raise
-        raise SystemExit(f"prompt {str(prompt)[:80]!r}: the chat template refuses it ({error!r})") from None
+def turns_of(message: str | list[dict], role: str) -> list[dict]:
+    return [{"role": role, "content": message}] if isinstance(message, str) else message
 
 
-def prompt_tokens(tokenizer, prompt: str | list[dict]) -> list[int]:
+def render(tokenizer, prompt: str | list[dict] | dict, answer: str | list[dict] | None = None) -> str:
+    """A prompt, or that of a row with its tools, and the answer if there is one, as the model reads them.
+
+    A chat template makes a text a user's turn, unless it holds the template's marks already. Where the prompt ends with
+    the assistant's turn, that goes on.
+    """
+    row = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+    prompt, template = row["prompt"], partial(tokenizer.apply_chat_template, tokenize=False)
+    if not tokenizer.chat_template and isinstance(prompt, str):
+        return prompt + text_of(answer or "")
+    with explained(f"prompt {str(prompt)[:80]!r}: the chat template refuses it"):  # whatever a template may raise
+        turns, bos = turns_of(prompt, "user"), tokenizer.bos_token or ""
+        if isinstance(prompt, str):
+            words = [{"role": role, "content": "WORDS"} for role in ("user", "assistant")]
+            opened, closing = template(words[:1], add_generation_prompt=True), template(words).rpartition("WORDS")[2]
+            marks = [mark.strip() for mark in opened.removeprefix(bos).split("WORDS")]
+            marks = [marks[0].rpartition("\n")[2], marks[1].partition("\n")[0]]  # of a user's turn
+            plain = {bos, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}  # any text may hold them
+            special = {*tokenizer.all_special_tokens} - plain
+            if any(x in prompt for x in special if x in opened) or all(mark and mark in prompt for mark in marks):
+                start = bos if opened.startswith(bos) and not prompt.startswith(bos) else ""
+                return start + prompt + ("" if answer is None else text_of(answer) + closing)
+        continued = turns[-1]["role"] == "assistant"
+        settings = {"add_generation_prompt": not continued, "continue_final_message": continued}
+        if answer is not None:
+            turn, settings = turns_of(answer, "assistant")[0], {}
+            merged = turn | {"content": turns[-1]["content"] + turn["content"]}
+            turns = [*turns[:-1], merged] if continued else [*turns, turn]
+        tools = without_none(row.get("tools") or None)
+        settings |= {"tools": json.loads(tools) if isinstance(tools, str) else tools}
+        return template(turns, **settings, **without_none(row.get("chat_template_kwargs") or {}))
+
+
+def prompt_tokens(tokenizer, prompt: str | list[dict] | dict) -> list[int]:
     """Token ids of a prompt. A chat template writes its own BOS, so none is added (huggingface/open-r1#462)."""
-    return tokenizer(render(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
+    text, eos = render(tokenizer, prompt), tokenizer.eos_token
+    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+    ended = ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(eos)  # by a tokenizer that ends each text
+    return ids[:-1] if ended else ids
 
 
-def completion_tokens(tokenizer, prompt: str | list[dict], completion: str | list[dict], stop_ids: list) -> list[int]:
+def completion_tokens(tokenizer, prompt, completion: str | list[dict], stop_ids: list[int]) -> list[int]:
     """Token ids of a demonstrated completion, its stop token last: the ids that the policy itself would have sampled.
 
-    Prompt and completion are tokenised apart, so the prompt's ids are those of a rollout, whatever the completion
-    begins with (huggingface/trl#2209). The stop token is the one with which the chat template ends a turn, if it does.
+    They are those of the whole text, after the prompt's. Where the two would merge at the boundary the completion is
+    tokenised apart, behind a line break, as some tokenizers put a space before a text: so the prompt's ids are always
+    those of a rollout (huggingface/trl#2209). The stop token is that with which the chat template ends a turn, if any.
     """
-    start, text = render(tokenizer, prompt), render(tokenizer, prompt, text_of(completion))
-    if not text.startswith(start):
-        raise SystemExit("the chat template writes an answered prompt unlike an open one: no completion to train on")
-    ids = tokenizer(text[len(start) :], add_special_tokens=False).input_ids
+    start, text = render(tokenizer, prompt), render(tokenizer, prompt, completion)
+    turn = turns_of(completion, "assistant")[0]
+    parts = [turn["content"], turn.get("reasoning_content", "")]
+    parts += [call["function"]["name"] for call in turn.get("tool_calls", ())]
+    if not text.startswith(start) or not all("".join(part.split()) in "".join(text.split()) for part in parts):
+        shown = f"prompt {start[-80:]!r}: the chat template does not write its answer as it is"
+        raise SystemExit(f"{shown}; give prompt and completion as texts with the template's marks")
+    for before in (start, "\n", ""):
+        texts = [before, before + text[len(start) :]]
+        head, ids = (tokenizer(x, add_special_tokens=False).input_ids for x in texts)
+        if ids[: len(head)] == head:
+            break
+    ids = ids[len(head) :]
     stops = [index for index, token in enumerate(ids) if token in stop_ids]
-    return ids[: stops[-1] + 1] if stops else [*ids, tokenizer.eos_token_id]
+    stop = stop_ids[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return ids[: stops[-1] + 1] if stops else [*ids, stop]
 
 
 def context_length(model) -> float:
@@ -419,10 +488,19 @@ def check_prompts(model, tokenizer, rows: list[dict], max_new_tokens: int) -> No
     """Refuse prompts that the model cannot read, or that leave no room for a completion."""
     room = context_length(model) - max_new_tokens
     for row in rows:
-        length = len(prompt_tokens(tokenizer, row["prompt"]))
-        if not 0 < length <= room:
-            needed = f"{length} tokens, but the model's context has room for 1 to {room} and --max-new-tokens"
+        ids = prompt_tokens(tokenizer, row)
+        check_ids(model, tokenizer, ids)
+        if not 0 < len(ids) <= room:
+            needed = f"{len(ids)} tokens, but the model's context has room for 1 to {room} and --max-new-tokens"
             raise SystemExit(f"prompt {str(row['prompt'])[:80]!r}: {needed}; leave such rows out")
+
+
+def check_ids(model, tokenizer, ids: list[int]) -> None:
+    """Refuse tokens that were added to the tokenizer and not to the model."""
+    size = len(model.get_input_embeddings().weight)
+    if unknown := [token for token in ids if token >= size]:
+        name = tokenizer.convert_ids_to_tokens(unknown[0])
+        raise SystemExit(f"the tokenizer's {name} is {unknown[0]}, but the embedding has {size} rows; resize it first")
 
 
 def pad(sequences: list[list[int]], side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -438,125 +516,234 @@ def pad(sequences: list[list[int]], side: str, device) -> tuple[torch.Tensor, to
 
 def prompt_batch(tokenizer, rows: list[dict], device) -> tuple[torch.Tensor, torch.Tensor]:
     """prompt_ids and prompt_mask [N, P] of the rows' prompts, padded on the left."""
-    return pad([prompt_tokens(tokenizer, row["prompt"]) for row in rows], "left", device)
+    return pad([prompt_tokens(tokenizer, row) for row in rows], "left", device)
 
 
-def decode(tokenizer, ids: torch.Tensor, mask: torch.Tensor, *, special: bool = False) -> list[str]:
-    """Texts of what the mask keeps of each row, without special tokens unless asked for."""
-    kept = [row[keep] for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
-    return [tokenizer.decode(row, skip_special_tokens=not special) for row in kept]
+def decode(tokenizer, ids: torch.Tensor, mask: torch.Tensor) -> tuple[list[str], list[list[int]]]:
+    """What the mask keeps of each row: texts without special tokens, and ids."""
+    kept = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in kept], kept
 
 
-def find_number(text: str) -> Decimal | None:
-    """The number after "####", else the last one in the text; None without."""
-    _, marker, tail = text.rpartition("####")
-    numbers = re.findall(r"(?:(?<!\d)-)?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", tail))
-    return Decimal(numbers[0 if marker else -1]) if numbers else None
+# what makes the number behind or before it a part of something else: of an expression, a pair, of five million
+BEFORE = (
+    r"(?:\s[-+*/^:<>\u00b7\u00d7\u00f7\u00b1\u2264\u2265\u2260\u2212]|[<>!]=|\\[a-z]+=?|(?:\d[a-z]|[a-z]\d)\b[\s\d+*/^()-]*="
+    r"|\d[,;]?|\b(?:plus|minus|negative|times|not|mod|sqrt|out of|(?:divided|multiplied) by)|\d (?:over|point)"
+    r"|\d\S{0,20} \(?(?:and|or|to)|\b[a-z] ?= ?\S{1,20},? ?(?:(?:and|or) )?[a-z] ?=)\s*$"
+)
+AFTER = (
+    r"\s+(?:[+*/^<>\u00b7\u00d7\u00f7]|(?:(?:hundred|thousand|million|billion|trillion|dozen)s?|bn|k|lakh|crore|half"
+    r"|squared|cubed|factorial|\\?pi|[\u00bdxyn\u03c0])(?!\w))"
+)
+
+
+def after_thoughts(text: str) -> str:
+    return text.rpartition("</think>")[2].partition("<think>")[0].strip()
+
+
+@lru_cache(2**12)  # the samples of a prompt have one truth
+def final_answer(text: str) -> tuple[str, Decimal | None]:
+    """After any <think>: the line behind the last "####", or what the last \\boxed{} holds, or all; and its number."""
+    text = after_thoughts(text)
+    if marked := re.findall(r"####[ \t]*([^\s#][^\n]*)", text):
+        return marked[-1].strip(), last_number(marked[-1])
+    if "\\boxed" in text:
+        boxed = re.match(r"\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", text.rpartition("\\boxed")[2])
+        return (boxed[1].strip(), to_number(boxed[1])) if boxed else ("", None)
+    return text, last_number(text)
+
+
+@lru_cache(2**12)
+def to_number(text: str) -> Decimal | None:
+    """The number that a text is, with its currency, percent sign or brackets; None if it is not one plain number."""
+    text = text.replace("\u2212", "-").replace("{,}", ",")
+    text = re.sub(r"\\[()\[\]!,]|\\?[$%]|[€£¥₹]", "", text).strip()
+    around = "*_`'\"" if re.match(r"[(\[{].*,", text) else "*_`'\"()[]{}"  # (1,234) is a pair
+    text = text.strip(around).rstrip(".,;").strip(around)
+    plain = re.fullmatch(r"[-+]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][-+]?\d{1,3})?", text)
+    return Decimal(text.replace(",", "")) if plain else None
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text; None where it stands in a fraction, a time, a pair, an expression or a formula."""
+    text = re.sub(r"</?[A-Za-z]\w*>|<<[^<>]*>>", " ", text)  # tags, and GSM8K's calculator
+    lines = re.findall(r"^.*\d.*$", re.sub(r"([$€£¥₹])\s+|\s+(?=\\?%)", r"\1", text), re.MULTILINE)
+    if not lines:
+        return None
+    before, word, after = re.match(r"(.*\s)(\S*\d\S*)(.*)", f" {lines[-1]}").groups()
+    name, word = re.match(r"(.*(?:=|[^\d=]:)|)(.*)", word).groups()  # x=72, Answer:72
+    if re.search(BEFORE, before + name, re.IGNORECASE) or re.match(AFTER, after, re.IGNORECASE):
+        return None
+    return None if not before.strip() and after and word[-1:] in (".", ")") else to_number(word)  # 3. marks a list
 
 
 def exact_answer(prompts: list, completions: list, **columns: list) -> list[float | None]:
-    """1.0 where the completion's number is that of the column "answer", or else "completion" or "chosen".
+    """1.0 where the completion's answer is that of the column "answer", or else "completion" or "chosen".
 
-    A truth without a number must be met word for word.
+    An answer that is one plain number is compared as a number with the completion's last one, any other as a text.
     """
-    truths = next((columns[name] for name in ("answer", "completion", "chosen") if name in columns), None)
-    if truths is None:
+    truths = [columns[name] for name in ("answer", "completion", "chosen") if name in columns]
+    if not truths:
         raise SystemExit('--reward exact_answer: the data has no column "answer"; add it or choose another reward')
     scores = []
-    for text, truth in zip(map(text_of, completions), truths):
-        truth = text_of(truth) if isinstance(truth, list) else str(truth) if truth is not None else None
-        number = find_number(truth or "")
-        right = text.strip() == (truth or "").strip() if number is None else find_number(text) == number
-        scores.append(None if truth is None else float(right))
+    for prompt, completion, *given in zip(prompts, completions, *truths):
+        truth = next((truth for truth in given if truth is not None), None)
+        truth = text_of(truth) if isinstance(truth, list) and truth and isinstance(truth[0], dict) else truth
+        if isinstance(truth, bool) or not isinstance(truth, str | int | float | None):
+            raise SystemExit(f"prompt {str(prompt)[:80]!r}: exact_answer takes a text or a number, not {truth!r:.80}")
+        texts = "" if truth is None else str(truth), text_of(completion)
+        (wanted, number), (said, other) = map(final_answer, texts)
+        number = number if to_number(wanted) == number else None  # a number in a sentence is no number
+        right = said.rstrip(".") == wanted.rstrip(".") if number is None else other == number
+        scores.append(float(right) if wanted and truth == truth else None)  # NaN, a table's missing value, is unequal
     return scores
 
 
-def format_reward(prompts: list, completions: list, **columns: list) -> list[float | None]:
+def math_reward(completions: list, answer: list, **columns: list) -> list[float | None]:
+    """1.0 where math-verify finds the completion equal to the answer; None where it cannot read the answer."""
+    from math_verify import parse, verify
+
+    limit = 5 if threading.current_thread() is threading.main_thread() else None  # seconds, by a signal
+    wanted = (final_answer(str(truth))[0].strip("$") for truth in answer)
+    golds = [parse(f"\\boxed{{{truth}}}", parsing_timeout=limit) for truth in wanted]  # as a whole, not its last part
+    said = [parse(after_thoughts(text_of(completion)), parsing_timeout=limit) for completion in completions]
+    return [float(verify(gold, x, timeout_seconds=limit)) if gold else None for gold, x in zip(golds, said)]
+
+
+def format_reward(completions: list, **columns: list) -> list[float]:
     """1.0 where the completion's last line is a number and nothing else, with "####" before it or not."""
     lines = [text_of(completion).strip().rpartition("\n")[2] for completion in completions]
     return [float(re.fullmatch(r"(?:#### ?)?-?[\d,]+(?:\.\d+)?", line) is not None) for line in lines]
 
 
-def length_reward(prompts: list, completions: list, **columns: list) -> list[float | None]:
+def length_reward(completions: list, **columns: list) -> list[float]:
     """Minus the completion's length in thousands of characters."""
     return [-len(text_of(completion)) / 1000 for completion in completions]
 
 
-REWARDS = {"exact_answer": exact_answer, "format": format_reward, "length": length_reward}
+REWARDS = {"exact_answer": exact_answer, "math": math_reward, "format": format_reward, "length": length_reward}
+GIVEN = ("prompts", "completions", "completion_ids")  # what a reward gets besides the data's columns
+# one event loop for all asynchronous rewards, as a client belongs to one; in a thread, as a notebook runs its own
+LOOP, THREAD = asyncio.new_event_loop(), ThreadPoolExecutor(1)
 
 
-def load_function(name: str, folder: str | Path = "", named_by: str = "--reward") -> Callable:
-    """A reward function: one of REWARDS, or `file.py:function`, the file's path relative to the folder."""
-    file, _, function = name.rpartition(":")
-    if name in REWARDS:
-        return REWARDS[name]
-    if not Path(folder, file).is_file():
-        raise SystemExit(f"{named_by} {name}: neither one of {', '.join(REWARDS)} nor an existing file.py:function")
-    try:
-        loaded = runpy.run_path(str(Path(folder, file))).get(function)
-    except Exception as error:
-        raise SystemExit(f"{named_by} {name}: {file} does not import: {error!r}") from error
-    if loaded is None:
-        raise SystemExit(f"{named_by} {name}: {file} has no function {function}")
+def load_function(name: str, rows: list[dict] = (), folder: str | Path = "", named_by: str = "--reward") -> Callable:
+    """A reward: one of REWARDS, `package.module:function`, or `file.py:function`, the path relative to the folder.
+
+    Refused if it takes what neither the rows' columns nor GIVEN have.
+    """
+    module, _, function = name.rpartition(":")
+    file = Path(folder, module).resolve()
+    with explained(f"{named_by} {name}: neither one of {', '.join(REWARDS)} nor file.py:function or module:function"):
+        if name == "math":
+            import math_verify  # noqa: F401
+        if file.is_file():  # imported as from a script in its folder: its neighbours are found, and pickle finds it
+            other = getattr(sys.modules.get(file.stem), "__file__", None)
+            if file.stem in sys.stdlib_module_names or "site-packages" in str(other):
+                raise ValueError("rename the file, as a module of this name is loaded already")
+            if other != str(file):
+                sys.modules.pop(file.stem, None)
+            sys.path.insert(0, str(file.parent))
+            importlib.invalidate_caches()
+        found = REWARDS.get(name) or importlib.import_module(file.stem if file.is_file() else module)
+        loaded = found if name in REWARDS else getattr(found, function)
+        parameters = inspect.signature(loaded).parameters.values()
+    columns = {column for row in rows for column in row} - {"prompt"}
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if rows and (missing := [x for x in needed if x not in (*GIVEN, *columns)]):
+        given = ", ".join([*GIVEN, *sorted(columns)])
+        raise SystemExit(f"{named_by} {name}: takes {', '.join(missing)}, but a reward is given, by name, {given}")
+    if clash := columns & {*GIVEN}:
+        raise SystemExit(f'--data: rename the column "{clash.pop()}", which is what each reward is given')
     return loaded
 
 
-def call_reward(name: str, function: Callable, rows: list[dict], texts: list[str]) -> list:
-    """What a reward function returns for the rows' prompts and the completions' texts, given as TRL gives them."""
-    prompts = [row["prompt"] for row in rows]
+def call_rewards(functions: dict[str, Callable], rows: list[dict], texts: list[str], ids=None) -> dict[str, list]:
+    """What each reward returns for the completions' texts and ids, given by name, as TRL does it."""
     # like TRL, a string is answered by a string and a list of messages by a message
-    turns = [[{"role": "assistant", "content": text}] for text in texts]
-    completions = [text if isinstance(prompt, str) else turn for prompt, text, turn in zip(prompts, texts, turns)]
+    completions = [x if isinstance(row["prompt"], str) else turns_of(x, "assistant") for x, row in zip(texts, rows)]
+    arguments = dict(zip(GIVEN, ([row["prompt"] for row in rows], completions, ids or [None] * len(rows))))
     columns = dict.fromkeys(column for row in rows for column in row if column != "prompt")
-    try:
-        with contextlib.ExitStack() as stack:
-            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):  # in evaluations it is on
-                stack.enter_context(torch.autocast(kind, enabled=False))  # and must not change a reward model's scores
-            values = list(function(prompts, completions, **{name: [row.get(name) for row in rows] for name in columns}))
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise SystemExit(f"reward {name}: raised {error!r} in {last.filename}, line {last.lineno}") from error
-    if len(values) != len(rows):
-        raise SystemExit(f"reward {name}: returned {len(values)} values for {len(rows)} completions")
+    arguments |= {column: [row.get(column) for row in rows] for column in columns}
+    values = {}
+    for name, function in functions.items():
+        # what a reward does to one of them reaches nobody else, not even another sample of the same row
+        given = {key: [copy.deepcopy(part) for part in parts] for key, parts in arguments.items()}
+        taken = inspect.signature(function).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+            given = {key: value for key, value in given.items() if key in taken}
+        try:
+            values[name] = function(**given)
+        except Exception as error:
+            values[name] = error
+
+    async def together(awaitables):
+        return await asyncio.gather(*awaitables, return_exceptions=True)
+
+    if waiting := {name: value for name, value in values.items() if inspect.isawaitable(value)}:
+        values |= zip(waiting, THREAD.submit(LOOP.run_until_complete, together(waiting.values())).result())
+    for name, value in values.items():
+        try:
+            if isinstance(value, Exception):
+                raise value
+            if isinstance(value, dict | set | str | bytes):
+                raise TypeError(f"{type(value)}, not a list of numbers")
+            values[name] = list(value)
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise SystemExit(f"reward {name}: raised {error!r} in {last.filename}, line {last.lineno}") from error
+        if len(values[name]) != len(rows):
+            raise SystemExit(f"reward {name}: returned {len(values[name])} values for {len(rows)} completions")
     return values
 
 
 def to_floats(name: str, values: list, texts: list[str]) -> torch.Tensor:
-    """What a reward function returned as numbers [B], NaN for None."""
+    """What a reward returned as numbers [B], NaN for None."""
+    expected = "expected a finite number, or None where there is no score"
     for value, text in zip(values, texts):
-        try:
-            finite = value is None or math.isfinite(value)
-        except (TypeError, OverflowError):
-            finite = False
-        if not finite:
-            expected = "expected a finite number, or None where there is no score"
-            raise SystemExit(f"reward {name}: returned {value!r} for the completion {text[:80]!r}; {expected}")
+        with explained(f"reward {name}: returned {value!r} for the completion {text[:80]!r}; {expected}"):
+            if value is not None and not math.isfinite(value):
+                raise ValueError("no such number")
     return torch.tensor([math.nan if value is None else float(value) for value in values])
 
 
-def load_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Callable:
-    """The weighted sum of rewards, each a name in REWARDS or `file.py:function` with TRL's signature,
-    `reward(prompts, completions, **columns) -> list[float | None]`.
+def load_reward(names: tuple[str, ...], weights: tuple[float, ...], rows: list[dict] = ()) -> Callable:
+    """The weighted sum of rewards that TRL's GRPOTrainer would call; the rows are those that they will score.
 
-    Returns score(rows, completions) -> rewards [B], {name: values [B]}. None, for a completion that a function cannot
-    score, counts for nothing; where no function could, the reward is NaN and the row takes no part in the update.
+    Returns score(rows, texts, completion_ids) -> rewards [B], {name: values [B]}. None, for a completion that a reward
+    cannot score, counts for nothing; where none could, the sum is NaN and the row takes no part in the update.
     """
-    if not names:
-        raise SystemExit("--reward: name at least one, the first measures the evaluations")
+    if not names or isinstance(names, str):
+        raise SystemExit("--reward: name at least one; the first measures the evaluations")
     if weights and len(weights) != len(names):
         raise SystemExit(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
-    functions = {name.rpartition(":")[2]: load_function(name) for name in names}
+    functions = {name.rpartition(":")[2]: load_function(name, rows) for name in names}
     if len(functions) < len(names):
         raise SystemExit(f"--reward {' '.join(names)}: a second reward of one name; rename one")
+    if rows and exact_answer in functions.values():  # refuses what it cannot read before a model is loaded
+        call_rewards({"exact_answer": exact_answer}, rows, [""] * len(rows))
 
-    def score(rows: list[dict], texts: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        calls = ((name, call_reward(name, function, rows, texts)) for name, function in functions.items())
-        components = {name: to_floats(name, values, texts) for name, values in calls}
+    def score(rows: list[dict], texts: list[str], ids=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        returned = call_rewards(functions, rows, texts, ids)
+        components = {name: to_floats(name, values, texts) for name, values in returned.items()}
         values = torch.stack(list(components.values()))  # [rewards, B]
         rewards = torch.tensor(weights or [1.0] * len(names)) @ values.nan_to_num()
         return rewards.where(~values.isnan().all(0), math.nan), components
 
     return score
+
+
+@contextlib.contextmanager
+def restored():
+    """Decorates main: signal handlers and torch's random numbers are as before it, also after an error."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
 
 
 class Run:
@@ -567,13 +754,16 @@ class Run:
 
     def __init__(self, args) -> None:
         self.args, self.name = args, Path(sys.modules[type(args).__module__].__file__).stem
-        names = [args.output_dir or f"runs/{self.name}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        names = [args.output_dir or f"runs/{self.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"]  # one for each run
         if WORLD_SIZE > 1:
             backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backends, timeout=timedelta(hours=1))  # the others wait where one writes or judges
             dist.broadcast_object_list(names)
         if RANK > 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows its number
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         self.dir = Path(names[0])
         self.checkpoint, self.model = self.dir / "checkpoint" / "state.pt", self.dir / "model"
         self.files = {name: self.dir / f"{name}.jsonl" for name in ("metrics", "samples")}
@@ -590,37 +780,34 @@ class Run:
         """Make the folder, or load the checkpoint of --resume into the parts: pairs of a model and its optimizer."""
         self.parts, state = parts, None
         if self.args.resume and self.checkpoint.exists():  # without one the run begins again
-            try:
+            with explained(f"--resume {self.dir}: {self.checkpoint} cannot be read"):
                 state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=WORLD_SIZE > 1)
-            except Exception as error:
-                reason = str(error).splitlines()[0]
-                raise SystemExit(f"--resume {self.dir}: {self.checkpoint} cannot be read ({reason})") from None
             for name, (model, optimizer) in parts.items():
-                set_state(model, optimizer, state["parts"][name])
+                model.state_dict()  # FSDP then shards again what a forward pass left gathered
+                dcp.set_model_state_dict(model, state["parts"][name]["weights"], options=WHOLE)
+                if moments := state["parts"][name]["moments"]:
+                    dcp.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
             self.done, self.start_time = state["step"], self.start_time - state["seconds"]
         if RANK > 0:
             return
-        try:
+        with explained(f"--output-dir {self.dir}: cannot be written", OSError):
             self.dir.mkdir(parents=True, exist_ok=True)
             if not self.args.resume:
-                (self.dir / "args.json").write_text(json.dumps(asdict(self.args), indent=2) + "\n")
+                (self.dir / "args.json").write_text(json.dumps(asdict(self.args), indent=2, default=str) + "\n")
             for name, file in self.files.items():  # what was written after the checkpoint comes again
                 file.touch()
                 os.truncate(file, state["sizes"][name] if state else 0)
-        except OSError as error:
-            raise SystemExit(f"--output-dir {self.dir}: cannot be written ({error})") from None
-        if self.args.track == "wandb":
-            import wandb
+        with explained(f"--track {self.args.track}: install the package", ImportError):
+            if self.args.track == "wandb":
+                import wandb
 
-            name = f"{self.dir.name}-{(self.dir / 'args.json').stat().st_mtime_ns}"  # stays, and is no other run's
-            settings = {"resume": "allow", "config": asdict(self.args), "sync_tensorboard": True}
-            wandb.init(dir=self.dir, name=self.dir.name, id=name, **settings)
-        if self.args.track != "none":
-            from torch.utils.tensorboard import SummaryWriter
+                name = f"{self.dir.name}-{(self.dir / 'args.json').stat().st_mtime_ns}"  # stays, and is no other run's
+                settings = {"resume": "allow", "config": asdict(self.args), "sync_tensorboard": True}
+                wandb.init(dir=self.dir, name=self.dir.name, id=name, **settings)
+            if self.args.track != "none":
+                from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(
-                str(self.dir / "tensorboard"), purge_step=self.done + (self.done > 0), flush_secs=10
-            )
+                self.writer = SummaryWriter(str(self.dir / "tensorboard"), purge_step=self.done + 1, flush_secs=10)
 
     def stop(self, number: int, frame) -> None:
         if self.stopping and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun and a scheduler may both send one
@@ -629,23 +816,16 @@ class Run:
             tqdm.write("stopping after this step; once more stops at once, back to the last checkpoint")
         self.stopping = True
 
-    @contextlib.contextmanager
-    def signals(self):
-        """Within, Ctrl-C or a scheduler's SIGTERM only asks to stop; afterwards, also by an error, all is as before."""
-        handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
     def steps(self) -> Iterator[int]:
-        """The steps that are left; Ctrl-C ends the one under way, and save() the run. An error in one ends this, too.
+        """The steps that are left; Ctrl-C or a scheduler's SIGTERM ends the one under way, and save() the run.
 
         Each step has its own seed, so a resumed run draws what the uninterrupted one draws.
         """
+        if threading.current_thread() is threading.main_thread():  # `restored` gives them back
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.stop)
         steps = {"total": self.args.num_steps, "initial": self.done, "disable": RANK > 0}
-        with self.signals(), tqdm(**steps, desc=self.name, dynamic_ncols=True) as self.bar:
+        with tqdm(**steps, desc=self.name, dynamic_ncols=True) as self.bar:
             for step in range(self.done + 1, self.args.num_steps + 1):
                 transformers.set_seed((self.args.seed * 1_000_003 + step * 8191 + RANK) % 2**32)
                 self.times, self.lap_start = {}, time.perf_counter()
@@ -689,9 +869,10 @@ class Run:
             self.bar.set_postfix(self.shown, refresh=False)
             self.bar.update(step - self.bar.n)
 
-    def log_samples(self, step: int, phase: str, prompts: list[str], completions: list[str], components: dict) -> None:
-        """Append a completion of each prompt to samples.jsonl; the first three of an evaluation are printed, too."""
-        for index, (prompt, completion) in enumerate(zip(prompts, completions)):
+    def log_samples(self, step: int, phase: str, tokenizer, rows: list[dict], texts: list[str], components: dict):
+        """Append a completion of each row to samples.jsonl; the first three of an evaluation are printed, too."""
+        for index, (row, completion) in enumerate(zip(rows, texts)):
+            prompt = tokenizer.decode(prompt_tokens(tokenizer, row))  # what the model read, special tokens included
             scores = {name: values[index].item() for name, values in components.items()}
             self.write("samples", {"step": step, "phase": phase, "prompt": prompt, "completion": completion, **scores})
             if phase == "eval" and index < 3:  # what a model says may hold characters that a terminal would obey
@@ -701,12 +882,9 @@ class Run:
 
     def write(self, file: str, record: dict) -> None:
         if RANK == 0:
-            numbers = {
-                name: None if value != value or value in (math.inf, -math.inf) else value
-                for name, value in record.items()
-            }
+            record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             with self.files[file].open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(numbers, ensure_ascii=False) + "\n")
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def save(self, step: int) -> None:
         """Every --save-every steps, and after a Ctrl-C, write all that an exact resume needs.
@@ -736,43 +914,30 @@ class Run:
 
     def finish(self, model, tokenizer) -> dict[str, float]:
         """Save the model, print the closing line, return the last value of each metric."""
-        part = self.dir / "model.part"
-        with self.signals():
-            weights = get_state(model)["weights"]
-            if RANK == 0:
-                model.save_pretrained(part, state_dict=weights)
-                tokenizer.save_pretrained(part)
-                os.replace(part, self.model)
+        part, weights = self.dir / "model.part", get_state(model)["weights"]
+        if RANK == 0:
+            model.save_pretrained(part, state_dict=weights)
+            tokenizer.save_pretrained(part)
+            for file in model.processor_files:
+                shutil.copy(file, part)
+            os.replace(part, self.model)
         if WORLD_SIZE > 1:
             dist.barrier()  # nobody leaves before all is written
             dist.destroy_process_group()
             time.sleep(0.5)  # while gloo drops its last tensors, or it may abort at exit (pytorch/pytorch#190489)
         rows = [json.loads(line) for line in self.files["metrics"].read_text(encoding="utf-8").splitlines()]
         first, last = rows[0]["eval/accuracy"], {name: value for row in rows for name, value in row.items()}
-        seconds = time.perf_counter() - self.start_time
-        accuracy = f"{first:.3f} -> {last['eval/accuracy']:.3f}"
-        print(f"{self.name}: held-out accuracy {accuracy} in {seconds:.0f} s, model in {self.model}")
+        result = f"{first:.3f} -> {last['eval/accuracy']:.3f} in {last['time/total']:.0f} s"
+        print(f"{self.name}: held-out accuracy {result}, model in {self.model}")
         return last
-
-
-WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 def get_state(model, optimizer=None) -> dict:
     """What is trained of a model, and its optimizer's state, whole and on the CPU of the first process."""
-    weights = dcp.get_model_state_dict(model, options=WHOLE)
+    used = [optimizer] if optimizer and optimizer.state else []  # the state is empty before the first update
+    weights, moments = dcp.get_state_dict(model, used, options=WHOLE)
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    state = {"weights": {name: tensor for name, tensor in weights.items() if name not in tied}}
-    if optimizer and optimizer.state:  # it is empty before the first update
-        state["moments"] = dcp.get_optimizer_state_dict(model, optimizer, options=WHOLE)
-    return state
-
-
-def set_state(model, optimizer, state: dict) -> None:
-    model.state_dict()  # FSDP then shards again what a forward pass left gathered
-    dcp.set_model_state_dict(model, state["weights"], options=WHOLE)
-    if "moments" in state:
-        dcp.set_optimizer_state_dict(model, optimizer, state["moments"], options=WHOLE)
+    return {"weights": {name: tensor for name, tensor in weights.items() if name not in tied}, "moments": moments}
 
 
 def peak_memory() -> float:

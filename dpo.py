@@ -24,12 +24,14 @@ starting model. A chosen completion may well lose probability on the way: only t
 A row of the .jsonl file: {"prompt": "What is 37 + 48?", "chosen": " 85", "rejected": " 75"}, or chat messages.
 """
 
+import itertools
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import common  # before torch: it sets how OpenMP's threads wait
+import common  # first: it sets how OpenMP's threads wait
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +44,11 @@ class Args:
     model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
     data: str = "arithmetic"  # `arithmetic`, a .jsonl file, or a hub data set id
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
-    reward: tuple[str, ...] = ("exact_answer",)  # exact_answer, format, length, file.py:function; the first evaluates
+    reward: tuple[str, ...] = ("exact_answer",)  # or math, format, length, file.py:function; the first also evaluates
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
-    num_steps: int = 200  # steps, each on prompts of its own
+    num_steps: int = 200  # steps; each takes the next batch of prompts
     prompts_per_step: int = 64  # prompts in a step
-    micro_batch_size: int = 128  # sequences in one forward and backward pass; changes memory, never the result
+    micro_batch_size: int = 128  # sequences in one forward and backward pass: sets the memory, not the result
     max_new_tokens: int = 8  # tokens in a completion, its stop token included
     learning_rate: float = 5e-5  # peak learning rate of AdamW; it falls linearly to 0
     warmup_steps: int = 0  # steps over which the learning rate rises from 0
@@ -54,7 +56,7 @@ class Args:
     seed: int = 1  # seed of all random numbers
     device: str = "auto"  # auto is CUDA, else MPS, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of forward passes; auto is bfloat16 on CUDA, else float32
-    lora_rank: int = 0  # rank of LoRA adapters, which alone are trained then; 0 trains the whole model
+    lora_rank: int = 0  # rank of LoRA adapters; 0 trains the whole model
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
     eval_every: int = 10  # steps between evaluations
     eval_prompts: int = 500  # held-out prompts in an evaluation, at most
@@ -94,7 +96,7 @@ def sample(logits, temperature):
 
 
 @torch.no_grad()
-def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
+def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_prompt=1, temperature=0.0):
     """Sample completions from the plain softmax at the temperature, 0 being greedy: no top-k, top-p or penalties.
 
     Each prompt, left-padded in prompt_ids and prompt_mask [N, P], is prefilled once, and its KV cache repeated for its
@@ -110,13 +112,13 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
     logprobs, truncated = torch.zeros_like(completion_mask), torch.ones_like(alive, dtype=torch.bool)
     token, mask, cache = prompt_ids, prompt_mask, None
     for t in range(max_new_tokens):
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding has no position
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1]  # [N, V] of the prompts, then [b, V] of the rows in the batch
         if t == 0:
             cache, logits, mask = output.past_key_values, logits[prompt_of], mask[prompt_of]
-            cache.reorder_cache(prompt_of)  # which every kind of cache has, those of linear attention included
+            cache.reorder_cache(prompt_of)  # one copy for each sample; every kind of cache has this
         token, logprob = sample(logits, temperature)  # [b, 1], [b]
         going = ~torch.isin(token[:, 0], stop_ids)
         completion_ids[alive, t], logprobs[alive, t] = token[:, 0], logprob
@@ -136,7 +138,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
     Rows with the same prompt share one pass over it: its KV cache is repeated for them, and gradients flow back through
     the cache. That pays from two rows a prompt on.
     """
-    trunk = getattr(model, "trunk", model.base_model)  # common.load_model's gathers FSDP's parameters, too
+    trunk = getattr(model, "trunk", model.base_model)  # the model without its head; FSDP must be entered by model.trunk
     first = int(prompt_mask.argmax(1).min())
     prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]  # without what is padding in every row
     prompts, row_of = torch.unique(torch.cat([prompt_mask, prompt_ids], 1), dim=0, return_inverse=True)  # [N, 2P], [B]
@@ -169,16 +171,14 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     kept = completion_mask > 0  # [B, T]: the state at t predicts token t
     hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]
 
-    def score(hidden, targets):  # [n]; in float32, as bfloat16 is noisy: huggingface/transformers#31267
+    def of_chunk(hidden, targets):  # [n]; softmax in float32: huggingface/transformers#31267
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2**24 // model.config.get_text_config().vocab_size)
     chunks = list(zip(hidden.split(size), targets.split(size)))
-    if len(chunks) > 1:  # made again in the backward pass, so that they are never there all at once
-        logprobs = torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])
-    else:
-        logprobs = score(hidden, targets)
+    again = len(chunks) > 1  # recomputed in the backward pass, so only one chunk's logits exist at a time
+    logprobs = torch.cat([checkpoint(of_chunk, *c, use_reentrant=False) if again else of_chunk(*c) for c in chunks])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
 
@@ -189,12 +189,36 @@ def collate(examples, device):
     return prompt_ids, prompt_mask, completion_ids, completion_mask.float()
 
 
+def to_pair(row):
+    """A row with a prompt, which chosen and rejected may begin with instead, and one answer of the assistant each."""
+    chosen, rejected, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt")
+    if not chosen or not rejected:
+        return row
+    texts = isinstance(chosen, str) and isinstance(rejected, str)
+    if not texts:
+        chosen, rejected = (common.turns_of(x, "assistant") for x in (chosen, rejected))
+    shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected))]
+    if texts:
+        shared = "".join(shared)
+        prompt = start = prompt or "".join(shared.rpartition("\n\nAssistant:")[:2])  # as in hh-rlhf
+    else:
+        prompt = prompt or shared
+        start = common.turns_of(prompt, "user")
+    if shared[: len(start)] == start and not (texts and re.fullmatch(r"\w*", start)):  # a single word may be chance
+        chosen, rejected = chosen[len(start) :], rejected[len(start) :]
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if "\n\nHuman:" in answer if texts else [turn["role"] for turn in answer] != ["assistant"]:
+            raise ValueError(f'"{name}" is not one answer of the assistant to "prompt"; move all turns before it there')
+    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
 def tokenize(model, tokenizer, rows, args):
     """(prompt, chosen), (prompt, rejected) ids of each pair. Pairs that come out equal or empty are dropped."""
     longest, examples = min(args.max_length, common.context_length(model)), []
     for row in rows:
-        prompt, stop_ids = common.prompt_tokens(tokenizer, row["prompt"]), model.generation_config.eos_token_id
-        both = [common.completion_tokens(tokenizer, row["prompt"], row[x], stop_ids) for x in ("chosen", "rejected")]
+        prompt, stop_ids = common.prompt_tokens(tokenizer, row), model.generation_config.eos_token_id
+        both = [common.completion_tokens(tokenizer, row, row[x], stop_ids) for x in ("chosen", "rejected")]
+        common.check_ids(model, tokenizer, sum(both, prompt))
         chosen, rejected = (completion[: max(0, longest - len(prompt))] for completion in both)
         examples += [((prompt, chosen), (prompt, rejected))] if chosen and rejected and chosen != rejected else []
     if len(examples) < len(rows):
@@ -259,31 +283,27 @@ def dpo_loss(
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """First rewards [n] of greedy completions of this process's held-out prompts; their mean is the accuracy."""
-    scores, rows, size = [], common.share(rows), args.prompts_per_step // common.WORLD_SIZE
+    texts, ids, rows, size = [], [], common.share(rows), args.prompts_per_step // common.WORLD_SIZE
     size *= getattr(args, "samples_per_prompt", 1)  # as many sequences as in a rollout
-    greedy = {"samples_per_prompt": 1, "max_new_tokens": args.max_new_tokens, "temperature": 0.0}
     with common.autocast(args), common.gathered(model):
         for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            prompt_ids, prompt_mask = common.prompt_batch(tokenizer, batch, model.device)
-            completion_ids, completion_mask, _, _ = rollout(model, prompt_ids, prompt_mask, **greedy)
-            texts = common.decode(tokenizer, completion_ids, completion_mask)
-            _, components = score(batch, texts)
-            scores.append(next(iter(components.values())))
-            if start == 0:
-                prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
-                run.log_samples(step, "eval", prompts, texts, components)
-    return torch.cat(scores)
+            prompts = common.prompt_batch(tokenizer, rows[start : start + size], model.device)
+            completion_ids, completion_mask, _, _ = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
+            decoded = common.decode(tokenizer, completion_ids, completion_mask)
+            texts, ids = texts + decoded[0], ids + decoded[1]
+    _, components = score(rows, texts, ids)
+    run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
+    return next(iter(components.values()))
 
 
+@common.restored()
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of each metric."""
     args = common.check_args(args)
     args = replace(args, beta=PAPER_BETA.get(args.loss_type, 0.1) if args.beta is None else args.beta)
-    train_rows, eval_rows = common.load_data(
-        args.data, args.eval_data, args.eval_prompts, columns=("prompt", "chosen", "rejected")
-    )
-    score = common.load_reward(args.reward, args.reward_weights)
+    columns = ("prompt", "chosen", "rejected")
+    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns, to_pair)
+    score = common.load_reward(args.reward, args.reward_weights, train_rows + eval_rows)
     run = common.Run(args)
     device, autocast = common.pick_device(args), common.autocast(args)
     model, tokenizer = common.load_model(args.model, device, train=args)

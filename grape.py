@@ -22,8 +22,7 @@ dynamic sampling (arXiv 2503.14476) is left out. Clip range, std and beta defaul
 
     python grape.py
     python grape.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
-        --rubric rubrics/gsm8k.json \\
-        --micro-batch-size 8 --max-new-tokens 512 --eval-every 50 --eval-prompts 100
+        --rubric rubrics/gsm8k.json --micro-batch-size 8 --max-new-tokens 512 --eval-every 50 --eval-prompts 100
 
 A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; every column reaches the reward by name.
 A rubric file; where there are several, the rows name theirs in a column "category":
@@ -39,7 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import common  # before torch: it sets how OpenMP's threads wait
+import common  # first: it sets how OpenMP's threads wait
 
 import torch
 import tyro
@@ -51,12 +50,12 @@ class Args:
     model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
     data: str = "arithmetic"  # `arithmetic`, a .jsonl file, or a hub data set id
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
-    reward: tuple[str, ...] = ("exact_answer",)  # exact_answer, format, length, file.py:function; the first evaluates
+    reward: tuple[str, ...] = ("exact_answer",)  # or math, format, length, file.py:function; the first also evaluates
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
-    num_steps: int = 150  # steps, each on prompts of its own
+    num_steps: int = 150  # steps; each takes the next batch of prompts
     prompts_per_step: int = 16  # prompts in a step
     samples_per_prompt: int = 8  # completions of each prompt
-    micro_batch_size: int = 128  # sequences in one forward and backward pass; changes memory, never the result
+    micro_batch_size: int = 128  # sequences in one forward and backward pass: sets the memory, not the result
     max_new_tokens: int = 8  # tokens in a completion, its stop token included
     temperature: float = 1.0  # divides the logits, in sampling and in every log-prob
     learning_rate: float = 1e-4  # peak learning rate of AdamW; it falls linearly to 0
@@ -65,7 +64,7 @@ class Args:
     seed: int = 1  # seed of all random numbers
     device: str = "auto"  # auto is CUDA, else MPS, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of forward passes; auto is bfloat16 on CUDA, else float32
-    lora_rank: int = 0  # rank of LoRA adapters, which alone are trained then; 0 trains the whole model
+    lora_rank: int = 0  # rank of LoRA adapters; 0 trains the whole model
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
     eval_every: int = 10  # steps between evaluations
     eval_prompts: int = 500  # held-out prompts in an evaluation, at most
@@ -87,8 +86,6 @@ class Args:
     confidence_scope: Literal["group", "batch", "none"] = "group"  # over what confidences are averaged
 
     def __post_init__(self):
-        if not self.resume and self.prompts_per_step // common.WORLD_SIZE % (self.num_minibatches or 1):
-            raise SystemExit("--num-minibatches: a step's prompts, in each process, do not divide into so many")
         if self.samples_per_prompt < 2:
             raise SystemExit("--samples-per-prompt: a completion is compared with others of its prompt; give 2 or more")
 
@@ -118,7 +115,7 @@ def sample(logits, temperature):
 
 
 @torch.no_grad()
-def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
+def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_prompt=1, temperature=0.0):
     """Sample completions from the plain softmax at the temperature, 0 being greedy: no top-k, top-p or penalties.
 
     Each prompt, left-padded in prompt_ids and prompt_mask [N, P], is prefilled once, and its KV cache repeated for its
@@ -134,13 +131,13 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
     logprobs, truncated = torch.zeros_like(completion_mask), torch.ones_like(alive, dtype=torch.bool)
     token, mask, cache = prompt_ids, prompt_mask, None
     for t in range(max_new_tokens):
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding has no position
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1]  # [N, V] of the prompts, then [b, V] of the rows in the batch
         if t == 0:
             cache, logits, mask = output.past_key_values, logits[prompt_of], mask[prompt_of]
-            cache.reorder_cache(prompt_of)  # which every kind of cache has, those of linear attention included
+            cache.reorder_cache(prompt_of)  # one copy for each sample; every kind of cache has this
         token, logprob = sample(logits, temperature)  # [b, 1], [b]
         going = ~torch.isin(token[:, 0], stop_ids)
         completion_ids[alive, t], logprobs[alive, t] = token[:, 0], logprob
@@ -160,7 +157,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
     Rows with the same prompt share one pass over it: its KV cache is repeated for them, and gradients flow back through
     the cache. That pays from two rows a prompt on.
     """
-    trunk = getattr(model, "trunk", model.base_model)  # common.load_model's gathers FSDP's parameters, too
+    trunk = getattr(model, "trunk", model.base_model)  # the model without its head; FSDP must be entered by model.trunk
     first = int(prompt_mask.argmax(1).min())
     prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]  # without what is padding in every row
     prompts, row_of = torch.unique(torch.cat([prompt_mask, prompt_ids], 1), dim=0, return_inverse=True)  # [N, 2P], [B]
@@ -193,16 +190,14 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     kept = completion_mask > 0  # [B, T]: the state at t predicts token t
     hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]
 
-    def score(hidden, targets):  # [n]; in float32, as bfloat16 is noisy: huggingface/transformers#31267
+    def of_chunk(hidden, targets):  # [n]; softmax in float32: huggingface/transformers#31267
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2**24 // model.config.get_text_config().vocab_size)
     chunks = list(zip(hidden.split(size), targets.split(size)))
-    if len(chunks) > 1:  # made again in the backward pass, so that they are never there all at once
-        logprobs = torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])
-    else:
-        logprobs = score(hidden, targets)
+    again = len(chunks) > 1  # recomputed in the backward pass, so only one chunk's logits exist at a time
+    logprobs = torch.cat([checkpoint(of_chunk, *c, use_reentrant=False) if again else of_chunk(*c) for c in chunks])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
 
@@ -212,11 +207,12 @@ def batch_logprobs(model, batch, args):
     return torch.cat([token_logprobs(model, *micro, temperature=args.temperature) for micro in micros])
 
 
-def load_rubrics(paths, rows=(), critic_model=""):
+def load_rubrics(paths, rows=()):
     """{category: items} of rubric files; the function stands in place of the name of an item's verifier."""
     rubrics = {}
     for path in map(common.bundled, paths):
-        try:
+        mistakes = (OSError, ValueError, KeyError, TypeError)
+        with common.explained(f"--rubric {path}; see the example in grape.py's docstring", mistakes):
             rubric = json.loads(Path(path).read_text(encoding="utf-8"))
             category, items = rubric["category"], {item["name"]: item for item in rubric["items"]}
             for item in rubric["items"]:
@@ -224,27 +220,14 @@ def load_rubrics(paths, rows=(), critic_model=""):
                     raise ValueError(f'{item} needs a "weight" above 0 and a "verifier" or a "question"')
             if not items or category in rubrics or len(items) < len(rubric["items"]):
                 raise ValueError("no items, a second rubric of this category, or a second item of one name")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"--rubric {path}: {error!r}; see the example in grape.py's docstring") from None
         for item in items.values():
             if "verifier" in item:
                 where = f"--rubric {path}, verifier"
-                item["verifier"] = common.load_function(item["verifier"], Path(path).parent, where)
+                item["verifier"] = common.load_function(item["verifier"], rows, Path(path).parent, where)
         rubrics[category] = list(items.values())
-    for number, row in enumerate(rows, 1):
-        if len(rubrics) != 1 and row.get("category") not in rubrics:
-            raise SystemExit(f'row {number} of --data: "category" is none of {", ".join(rubrics)}')
-    if critic_model and not any("question" in item for items in rubrics.values() for item in items):
-        raise SystemExit(f"--critic-model: no item of {', '.join(paths)} has a question")
+    if len(rubrics) > 1 and (other := {str(row.get("category")) for row in rows} - rubrics.keys()):
+        raise SystemExit(f'--data: a "category" is {min(other)}, none of {", ".join(rubrics)}')
     return rubrics
-
-
-def load_critic(args, rubrics, ref_model, tokenizer, device):
-    """The model that answers the rubrics' questions and its tokenizer, None if there are none; no copy of the start."""
-    asks = any("question" in item for items in rubrics.values() for item in items)
-    if asks and (args.critic_model or ref_model is None):
-        return common.load_model(args.critic_model or args.model, device, named_by="--critic-model")
-    return (ref_model if asks else None), tokenizer
 
 
 @torch.no_grad()
@@ -273,9 +256,9 @@ def ask_critic(critic, tokenizer, question, rows, completions, *, batch_size):
     return torch.cat(answers, 1).cpu()
 
 
-def call_verifier(name, function, rows, texts):
+def call_verifier(name, function, rows, texts, ids=None):
     """Scores and confidences [2, B] by a reward function that returns pairs of them, or scores of confidence 1."""
-    values = common.call_reward(name, function, rows, texts)
+    values = common.call_rewards({name: function}, rows, texts, ids)[name]
     pairs = [value if isinstance(value, tuple | list) else (value, 1.0) for value in values]
     for pair in pairs:
         if len(pair) != 2 or (pair[0] is not None and not 0 <= pair[1] <= 1):
@@ -283,40 +266,35 @@ def call_verifier(name, function, rows, texts):
     return torch.stack([common.to_floats(name, values, texts) for values in zip(*pairs)])
 
 
-def score_rubrics(rubrics, ask, rows, texts, *, samples_per_prompt, confidence_scope):
+def score_rubrics(rubrics, ask, rows, texts, ids=None, **scope):
     """Rewards [B] by the rubric of each row's category; scores and confidences [B] of each item, by its name.
 
-    ask(question, rows, texts) and an item's verifier give scores and confidences, NaN where there is none.
+    ask(question, rows, texts) and an item's verifier give scores and confidences, NaN for none; scope as below.
     """
-    rewards, components, item_confidences = torch.full((len(rows),), float("nan")), {}, {}
-    for category, items in rubrics.items():
+    names = list(dict.fromkeys(item["name"] for items in rubrics.values() for item in items))
+    weights = torch.zeros(len(rows), len(names))  # [B, K]
+    scores, confidences = torch.full((2, *weights.shape), float("nan"))  # NaN where an item is of another category
+    for category, item in [(category, item) for category, items in rubrics.items() for item in items]:
         members = [i for i, row in enumerate(rows) if len(rubrics) == 1 or row["category"] == category]
-        scores, confidences = torch.zeros(2, 0, len(items))
-        if members:
-            own = [rows[i] for i in members], [texts[i] for i in members]
-            calls = [
-                partial(ask, i["question"]) if "question" in i else partial(call_verifier, i["name"], i["verifier"])
-                for i in items
-            ]
-            scores, confidences = torch.stack([call(*own) for call in calls], 2)  # [b, K]
-        weights = torch.tensor([float(item["weight"]) for item in items])
-        scope = {"samples_per_prompt": samples_per_prompt, "confidence_scope": confidence_scope}
-        rewards[members] = rubric_rewards(scores, confidences, weights, **scope)
-        for k, item in enumerate(items):
-            for column, values in ((components, scores), (item_confidences, confidences)):
-                column.setdefault(item["name"], torch.full_like(rewards, float("nan")))[members] = values[:, k]
-    return rewards, components, item_confidences
+        own, k = [[column[i] for i in members] for column in (rows, texts, ids or texts)], names.index(item["name"])
+        if members and "question" in item:
+            scores[members, k], confidences[members, k] = ask(item["question"], *own[:2])
+        elif members:
+            scores[members, k], confidences[members, k] = call_verifier(item["name"], item["verifier"], *own)
+        weights[members, k] = float(item["weight"])
+    rewards = rubric_rewards(scores, confidences, weights, **scope)
+    return rewards, dict(zip(names, scores.T)), dict(zip(names, confidences.T))
 
 
 def rubric_rewards(scores, confidences, weights, *, samples_per_prompt, confidence_scope):
-    """R_i [B] above, of scores and confidences [B, K] and weights [K]; a prompt's samples are adjacent.
+    """R_i [B] above, of scores, confidences [B, K], weights [B, K] or [K]; a prompt's samples are adjacent.
 
     NaN where no item could be scored; 0 where those that could have no confidence.
     """
     scored = ~scores.isnan()  # [B, K]
     known, c = confidences.float().nan_to_num() * scored, torch.ones_like(scores)  # [B, K]
     if confidence_scope == "group":
-        groups = (len(scores) // samples_per_prompt, samples_per_prompt, len(weights))
+        groups = (len(scores) // samples_per_prompt, samples_per_prompt, scores.shape[1])
         known, count = (x.view(groups).sum(1) for x in (known, scored))  # [N, K]
         c = (known / count.clamp(min=1)).repeat_interleave(samples_per_prompt, 0)
     if confidence_scope == "batch":
@@ -329,14 +307,12 @@ def rubric_rewards(scores, confidences, weights, *, samples_per_prompt, confiden
 def compute_advantages(rewards, *, samples_per_prompt, scale):
     """Rewards [B] relative to their group; a prompt's samples are adjacent. NaN, not scored, counts for nothing: 0."""
     groups = rewards.float().view(-1, samples_per_prompt)  # [N, G]
-    scored = ~groups.isnan()
-    count = scored.sum(1, keepdim=True)
+    groups = groups - groups.nan_to_num(-torch.inf).amax(1, keepdim=True)  # equal rewards become exact zeros
+    count = (~groups.isnan()).sum(1, keepdim=True)
     centred = (groups - groups.nansum(1, keepdim=True) / count).nan_to_num(0.0)
     if scale == "std":
         centred = centred / ((centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
-    # rounding leaves a residue in a group that all scored the same, and the division would blow it up
-    spread = groups.nan_to_num(-torch.inf).amax(1, keepdim=True) > groups.nan_to_num(torch.inf).amin(1, keepdim=True)
-    return (centred * spread).view(-1)
+    return centred.view(-1)
 
 
 def compute_ratio(logprobs, old_logprobs, completion_mask, *, loss_type):
@@ -364,7 +340,7 @@ def policy_loss(
 ):
     """The formulas above: log-probs and mask [B, T], advantages [B]; ref_logprobs is not read where beta is 0.
 
-    The normalizer is loss_normalizer's of the whole optimizer batch.
+    The normalizer is loss_normalizer's of the whole minibatch.
     """
     ratio = compute_ratio(logprobs, old_logprobs, completion_mask, loss_type=loss_type)
     advantages = advantages[:, None]
@@ -383,52 +359,49 @@ def policy_loss(
 
 
 def loss_normalizer(completion_mask, loss_type, max_new_tokens):
-    """What an optimizer batch's loss is divided by: its completions, its tokens, or the tokens it had room for."""
+    """What a minibatch's loss is divided by: its completions, its tokens, or the tokens it had room for."""
     completions, tokens = completion_mask.any(1).sum(), completion_mask.sum()
     return {"dapo": tokens, "cispo": tokens, "dr_grpo": completions * max_new_tokens}.get(loss_type, completions)
 
 
-def paper_settings(args):
-    """The flags, with those of the loss type's own paper where they are not given."""
-    missing = {name: value for name, value in PAPER_SETTINGS[args.loss_type].items() if getattr(args, name) is None}
-    return replace(args, **missing)
-
-
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """First rewards [n] of greedy completions of this process's held-out prompts; their mean is the accuracy."""
-    scores, rows, size = [], common.share(rows), args.prompts_per_step // common.WORLD_SIZE
+    texts, ids, rows, size = [], [], common.share(rows), args.prompts_per_step // common.WORLD_SIZE
     size *= getattr(args, "samples_per_prompt", 1)  # as many sequences as in a rollout
-    greedy = {"samples_per_prompt": 1, "max_new_tokens": args.max_new_tokens, "temperature": 0.0}
     with common.autocast(args), common.gathered(model):
         for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            prompt_ids, prompt_mask = common.prompt_batch(tokenizer, batch, model.device)
-            completion_ids, completion_mask, _, _ = rollout(model, prompt_ids, prompt_mask, **greedy)
-            texts = common.decode(tokenizer, completion_ids, completion_mask)
-            _, components = score(batch, texts)
-            scores.append(next(iter(components.values())))
-            if start == 0:
-                prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
-                run.log_samples(step, "eval", prompts, texts, components)
-    return torch.cat(scores)
+            prompts = common.prompt_batch(tokenizer, rows[start : start + size], model.device)
+            completion_ids, completion_mask, _, _ = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
+            decoded = common.decode(tokenizer, completion_ids, completion_mask)
+            texts, ids = texts + decoded[0], ids + decoded[1]
+    _, components = score(rows, texts, ids)
+    run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
+    return next(iter(components.values()))
 
 
+@common.restored()
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of each metric."""
-    args = paper_settings(common.check_args(args))
+    args = common.check_args(args)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = replace(args, **PAPER_SETTINGS[args.loss_type] | given)
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
-    rubrics = load_rubrics(args.rubric, train_rows, args.critic_model)
-    score = common.load_reward(args.reward, args.reward_weights)
+    rubrics = load_rubrics(args.rubric, train_rows)
+    score = common.load_reward(args.reward, args.reward_weights, train_rows + eval_rows)
     run = common.Run(args)
     device, autocast = common.pick_device(args), common.autocast(args)
     model, tokenizer = common.load_model(args.model, device, train=args)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     ref_model = common.load_reference(args, model, device) if args.beta else None
-    critic, critic_tokenizer = load_critic(args, rubrics, ref_model, tokenizer, device)
+    asks = any("question" in item for items in rubrics.values() for item in items)
+    critic, critic_tokenizer = (ref_model if asks else None), tokenizer  # no second copy of the start
+    if asks and (args.critic_model or ref_model is None):
+        critic, critic_tokenizer = common.load_model(args.critic_model or args.model, device, named_by="--critic-model")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     G = args.samples_per_prompt
+    on_policy = args.num_epochs * args.num_minibatches == 1  # pi_old is then pi itself
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    ask = partial(ask_critic, critic, critic_tokenizer, batch_size=args.micro_batch_size)
+    ask = autocast(partial(ask_critic, critic, critic_tokenizer, batch_size=args.micro_batch_size))
     judge = partial(score_rubrics, rubrics, ask, samples_per_prompt=G, confidence_scope=args.confidence_scope)
     loss_settings = {"loss_type": args.loss_type, "clip_low": args.clip_low, "clip_high": args.clip_high}
     loss_settings |= {"beta": args.beta, "kl_estimator": args.kl_estimator}
@@ -439,29 +412,26 @@ def main(args: Args) -> dict[str, float]:
     for step in run.steps():
         # 1. sample G completions of each of N prompts: B = N G sequences of P prompt and T completion tokens
         rows = common.take_batch(train_rows, step, args)
-        prompt_ids, prompt_mask = common.prompt_batch(tokenizer, rows, device)  # [N, P]
+        padded = common.prompt_batch(tokenizer, rows, device)  # prompt_ids and prompt_mask [N, P]
         with autocast, common.gathered(model):
-            sampled = rollout(model, prompt_ids, prompt_mask, **sampling)
-        completion_ids, completion_mask, sampled_logprobs, truncated = sampled  # [B, T], and [B]
-        prompt_ids, prompt_mask = (x.repeat_interleave(G, 0) for x in (prompt_ids, prompt_mask))  # [B, P]
+            completion_ids, completion_mask, sampled_logprobs, truncated = rollout(model, *padded, **sampling)  # [B, T]
+        prompt_ids, prompt_mask = (x.repeat_interleave(G, 0) for x in padded)  # [B, P]
         lengths = completion_mask.sum(1)  # [B]
         run.lap("rollout")
 
         # 2. score
-        texts = common.decode(tokenizer, completion_ids, completion_mask)
-        with autocast, common.gathered(critic):
-            rewards, components, confidences = judge([row for row in rows for _ in range(G)], texts)
-        rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
-        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update, though its length is logged
+        texts, ids = common.decode(tokenizer, completion_ids, completion_mask)
+        with common.gathered(critic):
+            rewards, components, confidences = judge([row for row in rows for _ in range(G)], texts, ids)
+        rewards = rewards.to(device)  # [B]; NaN where nothing could score the completion,
+        completion_mask[rewards.isnan()] = 0.0  # which then takes no part in the update, though its length is logged
         batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
         run.lap("score")
 
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
         with torch.no_grad(), autocast:
-            on_policy = args.num_epochs * args.num_minibatches == 1  # old log-probs are then the update's own
             old_logprobs = None if on_policy else batch_logprobs(model, batch, args)  # [B, T]
             ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else sampled_logprobs  # [B, T]
-        kl = (sampled_logprobs - ref_logprobs) * completion_mask  # [B, T]
         overlong = (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / max(1, args.overlong_buffer)
         advantages = compute_advantages(rewards - overlong, samples_per_prompt=G, scale=args.scale)  # [B]
 
@@ -469,12 +439,11 @@ def main(args: Args) -> dict[str, float]:
         decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         stats = defaultdict(float)
-        rows_of = torch.arange(len(lengths), device=device).view(-1, G)  # [N, G]
         longest = lengths.view(-1, G).amax(1).cpu()  # [N]
         minibatches = [m for _ in range(args.num_epochs) for m in torch.randperm(len(rows)).chunk(args.num_minibatches)]
         for prompts in minibatches:
             prompts = prompts[longest[prompts].argsort(stable=True)]  # micro-batches then hold little padding
-            minibatch = rows_of[prompts].flatten()
+            minibatch = (prompts[:, None] * G + torch.arange(G)).flatten().to(device)  # a prompt's rows together
             tokens = common.total(completion_mask[minibatch].sum()).clamp(min=1)
             normalizer = loss_normalizer(completion_mask[minibatch], args.loss_type, args.max_new_tokens)
             normalizer = common.total(normalizer).clamp(min=1)
@@ -500,8 +469,8 @@ def main(args: Args) -> dict[str, float]:
         # 5. log: numbers, parts of sums over all processes, and tensors whose mean is logged
         scored, groups = completion_mask > 0, rewards.view(-1, G)
         metrics = stats | {
+            **{f"reward/{name}": scores for name, scores in components.items()},
             "reward/mean": rewards,
-            **{f"reward/{name}": values for name, values in components.items()},
             **{f"confidence/{name}": values for name, values in confidences.items()},
             "policy/entropy": -sampled_logprobs[scored],
             "completion/length": lengths,
@@ -510,9 +479,8 @@ def main(args: Args) -> dict[str, float]:
             "tokens_per_second": lengths.sum() / seconds,
         }
         if args.beta:
-            metrics["kl/ref"] = kl[scored]
-        prompts = common.decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
-        run.log_samples(step, "train", prompts, texts, components)
+            metrics["kl/ref"] = (sampled_logprobs - ref_logprobs)[scored]
+        run.log_samples(step, "train", tokenizer, rows[:1] * G, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
             metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, args)
         run.log(step, metrics)

@@ -1,15 +1,15 @@
 """GRPO: PPO's clipped update with advantages relative to a group, without a value model; and its well-known variants.
 
 A_i = (R_i - mean R) / std R over the G completions of a prompt, r_t = pi / pi_old for each token, n_i tokens in
-completion i, B completions and N tokens in the optimizer batch, k_t the estimate of the KL to the starting model:
+completion i, B completions and N tokens in the minibatch, k_t the estimated KL to the starting model, sg stop-gradient:
 
     l_t = -min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i) + beta k_t
 
     grpo      L = 1/B sum_i 1/n_i sum_t l_t                                   arXiv 2402.03300, eq. 3
     dapo      L = 1/N sum_i sum_t l_t,  clip_high > clip_low                  arXiv 2503.14476, eq. 8
     dr_grpo   L = 1/(B max_new_tokens) sum_i sum_t l_t,  no division by std   arXiv 2503.20783, section 3.2
-    gspo      grpo with one r = exp(mean_t log pi / pi_old) for each i        arXiv 2507.18071, eq. 5 and 7
-    cispo     dapo with l_t = -sg(clip(r_t)) A_i log pi + beta k_t, sg: as data  arXiv 2506.13585, eq. 4 and 5
+    gspo      grpo with one r = exp(mean_t log(pi / pi_old)) for each i       arXiv 2507.18071, eq. 5 and 7
+    cispo     dapo with l_t = -sg(clip(r_t)) A_i log pi + beta k_t            arXiv 2506.13585, eq. 4 and 5
 
     k3 = pi_ref / pi - 1 - log(pi_ref / pi)   the paper's: unbiased, but its gradient is that of KL(pi_ref || pi)
     k2 = log(pi_ref / pi)^2 / 2               its gradient is that of KL(pi || pi_ref), on-policy (arXiv 2512.21852)
@@ -30,7 +30,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import common  # before torch: it sets how OpenMP's threads wait
+import common  # first: it sets how OpenMP's threads wait
 
 import torch
 import tyro
@@ -42,12 +42,12 @@ class Args:
     model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
     data: str = "arithmetic"  # `arithmetic`, a .jsonl file, or a hub data set id
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
-    reward: tuple[str, ...] = ("exact_answer",)  # exact_answer, format, length, file.py:function; the first evaluates
+    reward: tuple[str, ...] = ("exact_answer",)  # or math, format, length, file.py:function; the first also evaluates
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
-    num_steps: int = 150  # steps, each on prompts of its own
+    num_steps: int = 150  # steps; each takes the next batch of prompts
     prompts_per_step: int = 16  # prompts in a step
     samples_per_prompt: int = 8  # completions of each prompt
-    micro_batch_size: int = 128  # sequences in one forward and backward pass; changes memory, never the result
+    micro_batch_size: int = 128  # sequences in one forward and backward pass: sets the memory, not the result
     max_new_tokens: int = 8  # tokens in a completion, its stop token included
     temperature: float = 1.0  # divides the logits, in sampling and in every log-prob
     learning_rate: float = 1e-4  # peak learning rate of AdamW; it falls linearly to 0
@@ -56,7 +56,7 @@ class Args:
     seed: int = 1  # seed of all random numbers
     device: str = "auto"  # auto is CUDA, else MPS, else the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of forward passes; auto is bfloat16 on CUDA, else float32
-    lora_rank: int = 0  # rank of LoRA adapters, which alone are trained then; 0 trains the whole model
+    lora_rank: int = 0  # rank of LoRA adapters; 0 trains the whole model
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
     eval_every: int = 10  # steps between evaluations
     eval_prompts: int = 500  # held-out prompts in an evaluation, at most
@@ -75,8 +75,6 @@ class Args:
     overlong_buffer: int = 0  # reward falls by up to 1 over the last so many tokens (arXiv 2503.14476, eq. 13)
 
     def __post_init__(self):
-        if not self.resume and self.prompts_per_step // common.WORLD_SIZE % (self.num_minibatches or 1):
-            raise SystemExit("--num-minibatches: a step's prompts, in each process, do not divide into so many")
         if self.samples_per_prompt < 2:
             raise SystemExit("--samples-per-prompt: a completion is compared with others of its prompt; give 2 or more")
 
@@ -104,7 +102,7 @@ def sample(logits, temperature):
 
 
 @torch.no_grad()
-def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_tokens, temperature):
+def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_prompt=1, temperature=0.0):
     """Sample completions from the plain softmax at the temperature, 0 being greedy: no top-k, top-p or penalties.
 
     Each prompt, left-padded in prompt_ids and prompt_mask [N, P], is prefilled once, and its KV cache repeated for its
@@ -120,13 +118,13 @@ def rollout(model, prompt_ids, prompt_mask, *, samples_per_prompt, max_new_token
     logprobs, truncated = torch.zeros_like(completion_mask), torch.ones_like(alive, dtype=torch.bool)
     token, mask, cache = prompt_ids, prompt_mask, None
     for t in range(max_new_tokens):
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding has no position
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1]  # [N, V] of the prompts, then [b, V] of the rows in the batch
         if t == 0:
             cache, logits, mask = output.past_key_values, logits[prompt_of], mask[prompt_of]
-            cache.reorder_cache(prompt_of)  # which every kind of cache has, those of linear attention included
+            cache.reorder_cache(prompt_of)  # one copy for each sample; every kind of cache has this
         token, logprob = sample(logits, temperature)  # [b, 1], [b]
         going = ~torch.isin(token[:, 0], stop_ids)
         completion_ids[alive, t], logprobs[alive, t] = token[:, 0], logprob
@@ -146,7 +144,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
     Rows with the same prompt share one pass over it: its KV cache is repeated for them, and gradients flow back through
     the cache. That pays from two rows a prompt on.
     """
-    trunk = getattr(model, "trunk", model.base_model)  # common.load_model's gathers FSDP's parameters, too
+    trunk = getattr(model, "trunk", model.base_model)  # the model without its head; FSDP must be entered by model.trunk
     first = int(prompt_mask.argmax(1).min())
     prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]  # without what is padding in every row
     prompts, row_of = torch.unique(torch.cat([prompt_mask, prompt_ids], 1), dim=0, return_inverse=True)  # [N, 2P], [B]
@@ -179,16 +177,14 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     kept = completion_mask > 0  # [B, T]: the state at t predicts token t
     hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]
 
-    def score(hidden, targets):  # [n]; in float32, as bfloat16 is noisy: huggingface/transformers#31267
+    def of_chunk(hidden, targets):  # [n]; softmax in float32: huggingface/transformers#31267
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2**24 // model.config.get_text_config().vocab_size)
     chunks = list(zip(hidden.split(size), targets.split(size)))
-    if len(chunks) > 1:  # made again in the backward pass, so that they are never there all at once
-        logprobs = torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])
-    else:
-        logprobs = score(hidden, targets)
+    again = len(chunks) > 1  # recomputed in the backward pass, so only one chunk's logits exist at a time
+    logprobs = torch.cat([checkpoint(of_chunk, *c, use_reentrant=False) if again else of_chunk(*c) for c in chunks])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
 
@@ -201,14 +197,12 @@ def batch_logprobs(model, batch, args):
 def compute_advantages(rewards, *, samples_per_prompt, scale):
     """Rewards [B] relative to their group; a prompt's samples are adjacent. NaN, not scored, counts for nothing: 0."""
     groups = rewards.float().view(-1, samples_per_prompt)  # [N, G]
-    scored = ~groups.isnan()
-    count = scored.sum(1, keepdim=True)
+    groups = groups - groups.nan_to_num(-torch.inf).amax(1, keepdim=True)  # equal rewards become exact zeros
+    count = (~groups.isnan()).sum(1, keepdim=True)
     centred = (groups - groups.nansum(1, keepdim=True) / count).nan_to_num(0.0)
     if scale == "std":
         centred = centred / ((centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
-    # rounding leaves a residue in a group that all scored the same, and the division would blow it up
-    spread = groups.nan_to_num(-torch.inf).amax(1, keepdim=True) > groups.nan_to_num(torch.inf).amin(1, keepdim=True)
-    return (centred * spread).view(-1)
+    return centred.view(-1)
 
 
 def compute_ratio(logprobs, old_logprobs, completion_mask, *, loss_type):
@@ -236,7 +230,7 @@ def policy_loss(
 ):
     """The formulas above: log-probs and mask [B, T], advantages [B]; ref_logprobs is not read where beta is 0.
 
-    The normalizer is loss_normalizer's of the whole optimizer batch.
+    The normalizer is loss_normalizer's of the whole minibatch.
     """
     ratio = compute_ratio(logprobs, old_logprobs, completion_mask, loss_type=loss_type)
     advantages = advantages[:, None]
@@ -255,41 +249,34 @@ def policy_loss(
 
 
 def loss_normalizer(completion_mask, loss_type, max_new_tokens):
-    """What an optimizer batch's loss is divided by: its completions, its tokens, or the tokens it had room for."""
+    """What a minibatch's loss is divided by: its completions, its tokens, or the tokens it had room for."""
     completions, tokens = completion_mask.any(1).sum(), completion_mask.sum()
     return {"dapo": tokens, "cispo": tokens, "dr_grpo": completions * max_new_tokens}.get(loss_type, completions)
 
 
-def paper_settings(args):
-    """The flags, with those of the loss type's own paper where they are not given."""
-    missing = {name: value for name, value in PAPER_SETTINGS[args.loss_type].items() if getattr(args, name) is None}
-    return replace(args, **missing)
-
-
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """First rewards [n] of greedy completions of this process's held-out prompts; their mean is the accuracy."""
-    scores, rows, size = [], common.share(rows), args.prompts_per_step // common.WORLD_SIZE
+    texts, ids, rows, size = [], [], common.share(rows), args.prompts_per_step // common.WORLD_SIZE
     size *= getattr(args, "samples_per_prompt", 1)  # as many sequences as in a rollout
-    greedy = {"samples_per_prompt": 1, "max_new_tokens": args.max_new_tokens, "temperature": 0.0}
     with common.autocast(args), common.gathered(model):
         for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            prompt_ids, prompt_mask = common.prompt_batch(tokenizer, batch, model.device)
-            completion_ids, completion_mask, _, _ = rollout(model, prompt_ids, prompt_mask, **greedy)
-            texts = common.decode(tokenizer, completion_ids, completion_mask)
-            _, components = score(batch, texts)
-            scores.append(next(iter(components.values())))
-            if start == 0:
-                prompts = common.decode(tokenizer, prompt_ids[:8], prompt_mask[:8], special=True)
-                run.log_samples(step, "eval", prompts, texts, components)
-    return torch.cat(scores)
+            prompts = common.prompt_batch(tokenizer, rows[start : start + size], model.device)
+            completion_ids, completion_mask, _, _ = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
+            decoded = common.decode(tokenizer, completion_ids, completion_mask)
+            texts, ids = texts + decoded[0], ids + decoded[1]
+    _, components = score(rows, texts, ids)
+    run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
+    return next(iter(components.values()))
 
 
+@common.restored()
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of each metric."""
-    args = paper_settings(common.check_args(args))
+    args = common.check_args(args)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = replace(args, **PAPER_SETTINGS[args.loss_type] | given)
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
-    score = common.load_reward(args.reward, args.reward_weights)
+    score = common.load_reward(args.reward, args.reward_weights, train_rows + eval_rows)
     run = common.Run(args)
     device, autocast = common.pick_device(args), common.autocast(args)
     model, tokenizer = common.load_model(args.model, device, train=args)
@@ -297,6 +284,7 @@ def main(args: Args) -> dict[str, float]:
     ref_model = common.load_reference(args, model, device) if args.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     G = args.samples_per_prompt
+    on_policy = args.num_epochs * args.num_minibatches == 1  # pi_old is then pi itself
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
 
     loss_settings = {"loss_type": args.loss_type, "clip_low": args.clip_low, "clip_high": args.clip_high}
@@ -308,28 +296,25 @@ def main(args: Args) -> dict[str, float]:
     for step in run.steps():
         # 1. sample G completions of each of N prompts: B = N G sequences of P prompt and T completion tokens
         rows = common.take_batch(train_rows, step, args)
-        prompt_ids, prompt_mask = common.prompt_batch(tokenizer, rows, device)  # [N, P]
+        padded = common.prompt_batch(tokenizer, rows, device)  # prompt_ids and prompt_mask [N, P]
         with autocast, common.gathered(model):
-            sampled = rollout(model, prompt_ids, prompt_mask, **sampling)
-        completion_ids, completion_mask, sampled_logprobs, truncated = sampled  # [B, T], and [B]
-        prompt_ids, prompt_mask = (x.repeat_interleave(G, 0) for x in (prompt_ids, prompt_mask))  # [B, P]
+            completion_ids, completion_mask, sampled_logprobs, truncated = rollout(model, *padded, **sampling)  # [B, T]
+        prompt_ids, prompt_mask = (x.repeat_interleave(G, 0) for x in padded)  # [B, P]
         lengths = completion_mask.sum(1)  # [B]
         run.lap("rollout")
 
         # 2. score
-        texts = common.decode(tokenizer, completion_ids, completion_mask)
-        rewards, components = score([row for row in rows for _ in range(G)], texts)
-        rewards = rewards.to(device)  # [B], NaN where nothing could score the completion:
-        completion_mask[rewards.isnan()] = 0.0  # it then takes no part in the update, though its length is logged
+        texts, ids = common.decode(tokenizer, completion_ids, completion_mask)
+        rewards, components = score([row for row in rows for _ in range(G)], texts, ids)
+        rewards = rewards.to(device)  # [B]; NaN where nothing could score the completion,
+        completion_mask[rewards.isnan()] = 0.0  # which then takes no part in the update, though its length is logged
         batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
         run.lap("score")
 
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
         with torch.no_grad(), autocast:
-            on_policy = args.num_epochs * args.num_minibatches == 1  # old log-probs are then the update's own
             old_logprobs = None if on_policy else batch_logprobs(model, batch, args)  # [B, T]
             ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else sampled_logprobs  # [B, T]
-        kl = (sampled_logprobs - ref_logprobs) * completion_mask  # [B, T]
         overlong = (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / max(1, args.overlong_buffer)
         advantages = compute_advantages(rewards - overlong, samples_per_prompt=G, scale=args.scale)  # [B]
 
@@ -337,12 +322,11 @@ def main(args: Args) -> dict[str, float]:
         decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         stats = defaultdict(float)
-        rows_of = torch.arange(len(lengths), device=device).view(-1, G)  # [N, G]
         longest = lengths.view(-1, G).amax(1).cpu()  # [N]
         minibatches = [m for _ in range(args.num_epochs) for m in torch.randperm(len(rows)).chunk(args.num_minibatches)]
         for prompts in minibatches:
             prompts = prompts[longest[prompts].argsort(stable=True)]  # micro-batches then hold little padding
-            minibatch = rows_of[prompts].flatten()
+            minibatch = (prompts[:, None] * G + torch.arange(G)).flatten().to(device)  # a prompt's rows together
             tokens = common.total(completion_mask[minibatch].sum()).clamp(min=1)
             normalizer = loss_normalizer(completion_mask[minibatch], args.loss_type, args.max_new_tokens)
             normalizer = common.total(normalizer).clamp(min=1)
@@ -368,8 +352,8 @@ def main(args: Args) -> dict[str, float]:
         # 5. log: numbers, parts of sums over all processes, and tensors whose mean is logged
         scored, groups = completion_mask > 0, rewards.view(-1, G)
         metrics = stats | {
+            **{f"reward/{name}": scores for name, scores in components.items()},
             "reward/mean": rewards,
-            **{f"reward/{name}": values for name, values in components.items()},
             "policy/entropy": -sampled_logprobs[scored],
             "completion/length": lengths,
             "completion/truncated": truncated,
@@ -377,9 +361,8 @@ def main(args: Args) -> dict[str, float]:
             "tokens_per_second": lengths.sum() / seconds,
         }
         if args.beta:
-            metrics["kl/ref"] = kl[scored]
-        prompts = common.decode(tokenizer, prompt_ids[:G], prompt_mask[:G], special=True)
-        run.log_samples(step, "train", prompts, texts, components)
+            metrics["kl/ref"] = (sampled_logprobs - ref_logprobs)[scored]
+        run.log_samples(step, "train", tokenizer, rows[:1] * G, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
             metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, args)
         run.log(step, metrics)

@@ -64,8 +64,8 @@ def main(args: Args) -> None:
             prompts = common.prompt_batch(tokenizer, batch, device)
             with autocast:
                 completion_ids, completion_mask, _, _ = rs.rollout(model, *prompts, **sampling)
-            texts = common.decode(tokenizer, completion_ids, completion_mask)
-            rewards, _ = score([row for row in batch for _ in range(G)], texts)
+            texts, ids = common.decode(tokenizer, completion_ids, completion_mask)
+            rewards, _ = score([row for row in batch for _ in range(G)], texts, ids)
             for row, scores, said in zip(batch, rewards.view(-1, G).tolist(), zip(*[iter(texts)] * G)):
                 ranked = sorted((value, random.random(), text) for value, text in zip(scores, said) if value == value)
                 if ranked and ranked[0][0] < ranked[-1][0] and ranked[0][2] and ranked[-1][2]:

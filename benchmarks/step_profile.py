@@ -79,9 +79,9 @@ def parts_of_a_step(args: Args) -> dict[str, float]:
 
     marks, original_log = [time.perf_counter()], common.Run.log
     kept = [(grpo, "rollout"), (grpo, "token_logprobs"), (torch.Tensor, "backward"), (torch.optim.AdamW, "step")]
-    kept += [(torch.nn.utils, "clip_grad_norm_"), (common, "call_reward"), (common.Run, "log")]
+    kept += [(torch.nn.utils, "clip_grad_norm_"), (common, "call_rewards"), (common.Run, "log")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in kept]
-    names = {"token_logprobs": "forward", "step": "AdamW", "clip_grad_norm_": "clipping", "call_reward": "reward"}
+    names = {"token_logprobs": "forward", "step": "AdamW", "clip_grad_norm_": "clipping", "call_rewards": "reward"}
     for owner, name, function in originals:
         setattr(owner, name, timed(names.get(name, name), function))
     common.Run.log = log

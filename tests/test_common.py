@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from decimal import Decimal
 from pathlib import Path
 
 import common
@@ -58,27 +57,21 @@ def test_batches_visit_every_row_once_an_epoch():
     assert common.take_batch(rows, 1, sft.Args(prompts_per_step=4, seed=4)) != epochs[:4]
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so 3 + 4 = 7", "7"),
-        ("2 and 5 #### 1,200.50 apples, not 3", "1200.5"),
-        ("-007", "-7"),
-        ("from 17-20", "20"),
-        ("at (3,4)", "4"),
-        ("-0.0", "0"),
-        ("none", None),
-        ("####", None),
-        (" 85", "85"),
-    ],
-)
-def test_find_number(text, number):
-    assert common.find_number(text) == (number and Decimal(number))
-
-
 def test_rewards_survive_megabytes():
     start = time.perf_counter()
-    for hostile in ("9" * 2_000_000, "1." * 1_000_000, "-" * 2_000_000, "," * 2_000_000, "#### " * 400_000):
+    n = 300_000
+    long = (
+        "9" * n,
+        "1." * n,
+        "-" * n,
+        "," * n,
+        "#### " * n,
+        "\\boxed{" * n,
+        "9" * n + " 5",
+        "a=" * n + " 5",
+        "5 " + "a" * n,
+    )
+    for hostile in (*long, "1a " * n + "= 5", "5 " * n, "5 and " * n, "<<5" * n, "a1+" * n + "=5", "$ " * n + "5"):
         rows = [{"prompt": "q", "answer": "12"}]
         rewards, _ = common.load_reward(("exact_answer", "format", "length"), ())(rows, [hostile])
         assert rewards.isfinite().all()
@@ -93,33 +86,6 @@ def test_stub_rewards():
     assert components["exact_answer"].tolist() == [1, 1, 1, 0]
     assert components["format"].tolist() == [1, 1, 0, 1]
     assert rewards.tolist() == [1.5, 1.5, 1.0, 0.5]
-    assert common.exact_answer([], ["0", "", "3"], answer=[0, 0, 3.0]) == [1.0, 0.0, 1.0]
-    words = common.exact_answer([], ["Paris ", "Rome", "7"], answer=["Paris", "Paris", None])
-    assert words == [1.0, 0.0, None]
-
-
-def test_own_reward_gets_trl_arguments_and_may_answer_none(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "def judge(prompts, completions, colour, **columns):\n"
-        "    assert prompts[0] == [{'role': 'user', 'content': 'q'}]\n"
-        "    assert completions[0] == [{'role': 'assistant', 'content': 'a'}]\n"
-        "    return [2.0 if c == 'red' else None for c in colour]\n"
-    )
-    score = common.load_reward((f"{tmp_path}/mine.py:judge",), (0.5,))
-    rows = [{"prompt": [{"role": "user", "content": "q"}], "colour": c} for c in ("red", "blue")]
-    rewards, components = score(rows, ["a", "b"])
-    assert rewards[0] == 1.0 and rewards[1].isnan()
-    assert components["judge"][0] == 2.0
-
-
-def test_columns_that_only_some_rows_have_reach_the_reward(tmp_path):
-    (tmp_path / "mine.py").write_text("def judge(prompts, completions, hint, **columns):\n    return [1.0, 2.0]\n")
-    rewards, _ = common.load_reward((f"{tmp_path}/mine.py:judge",), ())(
-        [{"prompt": "a"}, {"prompt": "b", "hint": "x"}], ["", ""]
-    )
-    assert rewards.tolist() == [1.0, 2.0]
-    with pytest.raises(SystemExit, match="second reward"):
-        common.load_reward((f"{tmp_path}/mine.py:judge", f"{tmp_path}/mine.py:judge"), ())
 
 
 def test_checkpoint_with_sampling_defaults_can_be_saved_again(tmp_path, tokenizer):
@@ -212,7 +178,7 @@ def test_load_model_settles_dtype_dropout_stops_and_padded_vocabulary(tmp_path, 
         ('{"prompt": "", "completion": "b"}\n', 'row 1: "prompt" is missing or empty'),
         ('{"prompt": "a", "completion": "b"}\n', "one prompt only"),
         ("[1]\n", "row 1"),
-        ('{"prompt": "a", "completion": 85}\n', 'row 1: "completion" is'),
+        ('{"prompt": "a", "completion": 85}\n', "row 1: neither a text nor messages"),
     ],
 )
 def test_bad_data_is_one_line(tmp_path, lines, message):
@@ -223,7 +189,7 @@ def test_bad_data_is_one_line(tmp_path, lines, message):
 
 
 def test_other_mistakes_are_one_line(tmp_path, tokenizer):
-    with pytest.raises(SystemExit, match="no such file"):
+    with pytest.raises(SystemExit, match="No such file"):
         common.read_rows("missing.jsonl", ())
     with pytest.raises(SystemExit, match="--device nowhere"):
         common.pick_device(sft.Args(device="nowhere"))
@@ -235,7 +201,7 @@ def test_other_mistakes_are_one_line(tmp_path, tokenizer):
         common.load_reward(("format",), (1.0, 2.0))
     with pytest.raises(SystemExit, match='no column "answer"'):
         common.load_reward(("exact_answer",), ())([{"prompt": "a"}], ["b"])
-    with pytest.raises(SystemExit, match="no chat template"):
+    with pytest.raises(SystemExit, match="refuses it: Cannot use chat template"):
         common.prompt_tokens(tokenizer, [{"role": "user", "content": "hi"}])
 
 
@@ -244,15 +210,3 @@ def test_peak_memory_is_what_the_kernel_counts_in_gigabytes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     counted = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
     assert common.peak_memory() == pytest.approx(counted[0] * 1024 / 1e9, rel=0.02)
-
-
-def test_a_reward_computes_the_same_in_evaluations_which_run_under_autocast():
-    seen = []
-
-    def reward(prompts, completions):
-        seen.append((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
-        return [1.0]
-
-    with torch.autocast("cpu", torch.bfloat16):
-        common.call_reward("reward", reward, [{"prompt": "2 + 2"}], ["4"])
-    assert seen == [torch.float32]

@@ -186,7 +186,7 @@ def test_each_category_has_its_rubric(tmp_path):
     assert confidences["length"].nan_to_num(-1).tolist() == [1, 1, -1, -1, 1, 1]
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"p{i}", "category": "ab?"[i % 3]}) + "\n" for i in range(30)))
-    with pytest.raises(SystemExit, match=r'row \d+ of --data: "category" is none of a, b'):
+    with pytest.raises(SystemExit, match=r'--data: a "category" is \?, none of a, b'):
         grape.main(grape.Args(data=str(data), rubric=paths, output_dir=str(tmp_path / "run")))
 
 
@@ -229,7 +229,7 @@ def test_questions_go_to_the_starting_model_or_to_the_critic(tmp_path, tokenizer
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nonsense", "JSONDecodeError"),
+        ("nonsense", "Expecting value"),
         ('{"category": "a"}', "items"),
         ('{"category": "a", "items": []}', "no items"),
         ('{"category": "a", "items": [{"name": "x", "weight": 1}]}', "needs"),
@@ -246,9 +246,7 @@ def test_a_bad_rubric_is_one_line(tmp_path, text, message):
         grape.load_rubrics((str(tmp_path / "missing.json"),))
 
 
-def test_a_critic_that_nobody_asks_and_names_that_come_twice_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"--critic-model: no item of rubrics/arithmetic\.json has a question"):
-        grape.main(grape.Args(critic_model="models/arithmetic", output_dir=str(tmp_path / "run")))
+def test_names_that_come_twice_are_refused(tmp_path):
     item = {"name": "x", "weight": 1, "verifier": "format"}
     with pytest.raises(SystemExit, match="second"):
         grape.load_rubrics((write_rubric(tmp_path, "twice", [item, item]),))
@@ -260,8 +258,6 @@ def test_a_critic_that_nobody_asks_and_names_that_come_twice_are_refused(tmp_pat
 @pytest.mark.parametrize("value", ["(0.5, 1.5)", "(0.5, -0.1)", "(0.5, 0.5, 0.5)", "()"])
 def test_a_verifier_that_returns_nonsense_is_one_line(tmp_path, value):
     (tmp_path / "v.py").write_text(f"def v(prompts, completions, **columns):\n    return [{value}]\n")
-    function = common.load_function("v.py:v", tmp_path)
+    function = common.load_function("v.py:v", folder=tmp_path)
     with pytest.raises(SystemExit, match="verifier v: returned"):
         grape.call_verifier("v", function, [{"prompt": "p"}], [""])
-    with pytest.raises(SystemExit, match="--reward: name at least one"):
-        common.load_reward((), ())

@@ -270,10 +270,10 @@ def test_wandb_takes_tensorboards_metrics_and_a_resumed_run_keeps_its_id(tmp_pat
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_tracker_that_is_not_installed_is_named_before_a_model_is_loaded(package, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(common, "load_model", lambda *args: pytest.fail("a model was loaded"))
-    with pytest.raises(SystemExit, match=f"--track {package}: needs `pip install {package}`"):
+def test_a_tracker_that_is_not_installed_is_named_before_any_step(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(package, package), None)
+    monkeypatch.setattr(common.Run, "steps", lambda run: pytest.fail("a step was made"))
+    with pytest.raises(SystemExit, match=f"--track {package}: install the package: .*{package}"):
         SCRIPTS["sft"].main(SCRIPTS["sft"].Args(track=package, output_dir=str(tmp_path / "run")))
 
 
@@ -288,9 +288,10 @@ def test_the_terminal_shows_some_completions_with_their_rewards(tmp_path, capsys
     assert lines[0] == f"step 0     {first['prompt']} | {first['completion']} | {rewards}"
 
 
-def test_what_a_model_says_cannot_command_the_terminal(tmp_path, capsys):
+def test_what_a_model_says_cannot_command_the_terminal(tmp_path, capsys, tokenizer):
     sft = SCRIPTS["sft"]
     run = common.Run(sft.Args(output_dir=str(tmp_path / "run")))
     run.start()
-    run.log_samples(0, "eval", ["a\nb"], ["\x1b[2J\x07\r85\x9b"], {"right": torch.tensor([1.0])})
+    said = ["\x1b[2J\x07\r85\x9b"]
+    run.log_samples(0, "eval", tokenizer, [{"prompt": "a\nb"}], said, {"right": torch.tensor([1.0])})
     assert capsys.readouterr().out.strip() == "step 0     a b |  [2J  85  | right 1"

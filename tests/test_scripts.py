@@ -75,6 +75,8 @@ def test_chat_model_with_own_data(script, tmp_path, chat_model, chat_data):
         args.reward, args.reward_weights = ("exact_answer", "length"), (1.0, 0.1)
         if script in ("dpo", "sft"):
             args.micro_batch_size = 2
+        if script == "rejection_sampling":
+            args.threshold = -1.0
         module.main(args)
         assert all(map(torch.isfinite, map(torch.tensor, read_jsonl(tmp_path / run / "metrics.jsonl")[-1].values())))
         samples = read_jsonl(tmp_path / run / "samples.jsonl")
@@ -279,7 +281,7 @@ def test_sft_drops_rows_that_are_too_long_and_fakes_no_stop_token(tmp_path, monk
     settings = {"data": str(tmp_path / "d.jsonl"), "eval_data": str(tmp_path / "e.jsonl"), "num_steps": 2}
     args = sft.Args(prompts_per_step=3, eval_prompts=1, max_length=20, output_dir=str(tmp_path / "run"), **settings)
     sft.main(args)
-    assert "dropped 1 of 4 rows" in capsys.readouterr().out
+    assert "dropped 1 of 4 answers" in capsys.readouterr().out
     assert len(seen) == 6 and {len(completion) for _, completion in seen} == {3, 5}
     assert all(completion[-1] == 0 and 0 not in completion[:-1] for _, completion in seen)
     args.max_length, args.output_dir = 5, str(tmp_path / "none")

@@ -94,7 +94,7 @@ class Recording:
         with self.monkeypatch.context() as patch:  # sampling itself stays in float32
             patch.setattr(torch.Tensor, "float", lambda tensor: tensor.to(torch.float32))
             result = rollout(model, prompt_ids, prompt_mask, **settings)
-        if settings["temperature"] > 0:
+        if settings.get("temperature", 0) > 0:
             rows = list(zip(prompt_ids, prompt_mask)), list(zip(*result))
             prompts = [ids[mask > 0].tolist() for ids, mask in rows[0]]
             completions = [ids[mask > 0].tolist() for ids, mask, _, _ in rows[1]]

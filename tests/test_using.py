@@ -30,4 +30,4 @@ def test_every_example_of_the_page_runs(tmp_path):
         if "print" in text:
             assert done.stdout.strip(), text
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"grpo.py", "common.py"}
-    assert len(list((tmp_path / "runs").glob("*/model"))) == 6
+    assert len(list((tmp_path / "runs").glob("*/model"))) == 8
