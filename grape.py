@@ -271,12 +271,12 @@ def score_rubrics(rubrics, ask, rows, texts, ids=None, **scope):
 
     ask(question, rows, texts) and an item's verifier give scores and confidences, NaN for none; scope as below.
     """
-    names = list(dict.fromkeys(item["name"] for items in rubrics.values() for item in items))
+    names, ids = list(dict.fromkeys(i["name"] for items in rubrics.values() for i in items)), ids or [None] * len(rows)
     weights = torch.zeros(len(rows), len(names))  # [B, K]
     scores, confidences = torch.full((2, *weights.shape), float("nan"))  # NaN where an item is of another category
     for category, item in [(category, item) for category, items in rubrics.items() for item in items]:
         members = [i for i, row in enumerate(rows) if len(rubrics) == 1 or row["category"] == category]
-        own, k = [[column[i] for i in members] for column in (rows, texts, ids or texts)], names.index(item["name"])
+        own, k = [[column[i] for i in members] for column in (rows, texts, ids)], names.index(item["name"])
         if members and "question" in item:
             scores[members, k], confidences[members, k] = ask(item["question"], *own[:2])
         elif members:
