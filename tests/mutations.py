@@ -74,8 +74,8 @@ MUTATIONS = [
         "0.4",
         "Under bfloat16 forward passes a step of 1e-6 still moves the weights.",
         "common.py",
-        "else model.to(device)\n    register",
-        "else model.to(device, torch.bfloat16)\n    register",
+        "return module.to(device)",
+        "return module.to(device, torch.bfloat16)",
         SCRIPTS + "bfloat16_forward_passes_leave_float32_parameters_that_small_steps_move",
     ),
     Mutation(
@@ -260,8 +260,8 @@ MUTATIONS = [
         "A12",
         "There is no dropout: the model stays in eval mode.",
         "common.py",
-        "else model.to(device)\n    register",
-        "else model.train().to(device)\n    register",
+        "return model, tokenizer\n",
+        "return model.train(), tokenizer\n",
         COMMON + "load_model_settles_dtype_dropout_stops_and_padded_vocabulary",
     ),
     Mutation(
