@@ -193,17 +193,19 @@ def load_model(path: str, device: torch.device, *, train=None, sharded: bool = T
         model, loading = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, **settings
         )
-        old = ("attn.bias", "masked_bias")  # GPT-2's buffers, which were saved once
-        unfit = {kind: sorted(str(x) for x in names if not str(x).endswith(old))[:3] for kind, names in loading.items()}
+        old = (".attn.bias", ".attention.bias", ".masked_bias")  # buffers of GPT-2 and GPT-Neo that were saved once
+        loading["unexpected_keys"] = [name for name in loading["unexpected_keys"] if not name.endswith(old)]
+        unfit = {kind: sorted(map(str, names))[:3] for kind, names in loading.items()}
         if any(unfit.values()):
             raise ValueError(f"its weights do not fit, such as {unfit}")
         if hasattr(model.config, "quantization_config"):
             raise ValueError("its weights are quantized and cannot be trained")
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        model.config.get_text_config().output_router_logits = False  # they are for a loss of their own
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # they are for a loss of their own
     # the processor of a model that sees or hears, without which the saved one would not open
-    files = [f"{kind}_config.json" for kind in ("preprocessor", "processor", "video_preprocessor")]
-    found = [cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in files]
+    kinds = ("preprocessor", "processor", "video_preprocessor") if config is not model.config else ()
+    found = [cached_file(path, f"{x}_config.json", _raise_exceptions_for_missing_entries=False) for x in kinds]
     model.processor_files = [file for file in found if file]
     eos, vocab_size = model.generation_config.eos_token_id, max(tokenizer.get_vocab().values()) + 1
     stop_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}

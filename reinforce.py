@@ -230,7 +230,7 @@ def main(args: Args) -> dict[str, float]:
         with autocast, common.gathered(model):
             completion_ids, completion_mask, sampled_logprobs, truncated = rollout(model, *padded, **sampling)  # [B, T]
         prompt_ids, prompt_mask = (x.repeat_interleave(G, 0) for x in padded)  # [B, P]
-        lengths = completion_mask.sum(1)  # [B]
+        lengths = completion_mask.sum(1)  # [B], as truncated is
         run.lap("rollout")
 
         # 2. score

@@ -368,6 +368,17 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, tokenizer):
     common.load_model(str(folder), CPU)
 
 
+def test_a_missing_bias_is_no_old_buffer(tmp_path, tokenizer):
+    """GPT-2's c_attn.bias is a weight; attn.bias was a mask."""
+    folder = folder_of(tmp_path, tokenizer, random_model("gpt2"))
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("c_attn.bias"))
+    rest = {key: tensor for key, tensor in weights.items() if key != name}
+    save_file(rest | {"transformer.h.0.attn.bias": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match=name.removeprefix("transformer.")):
+        common.load_model(str(folder), CPU)
+
+
 def test_code_in_a_models_folder_is_neither_run_nor_asked_about(tmp_path, tokenizer, monkeypatch):
     folder = folder_of(tmp_path, tokenizer)
     (folder / "evil.py").write_text("raise RuntimeError('ran')")
