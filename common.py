@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
@@ -24,10 +23,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
-from decimal import Decimal
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import MethodType
 
@@ -70,18 +68,17 @@ def check_args(args):
     Only --device and --micro-batch-size may then be given anew: they change a result by its last digits at most.
     """
     if args.resume:
-        own = vars(args)
         with explained(f"--resume {args.resume}: not the folder of a run of this script", (OSError, ValueError)):
             stored = json.loads(Path(args.resume, "args.json").read_text())
-            if stored.keys() != own.keys():
+            if stored.keys() != vars(args).keys():
                 raise ValueError("its flags are others")
         stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         stored |= {"resume": args.resume, "output_dir": args.resume}
-        given = {name for name in own if own[name] not in (stored[name], getattr(type(args), name))}
-        if fixed := [name for name in own if name in given - {"device", "micro_batch_size"}]:
+        given = {x: value for x, value in vars(args).items() if value not in (stored[x], getattr(type(args), x))}
+        if fixed := [name for name in given if name not in ("device", "micro_batch_size")]:
             flags = " ".join(f"--{name.replace('_', '-')}" for name in fixed)
             raise SystemExit(f"--resume {args.resume}: goes on with that run's own settings; leave out {flags}")
-        args = type(args)(**stored | {name: own[name] for name in given})
+        args = replace(args, **stored | given)
     counts = "prompts_per_step samples_per_prompt micro_batch_size max_new_tokens num_epochs num_minibatches eval_every"
     for name in [*counts.split(), "eval_prompts", "temperature", "learning_rate", "max_grad_norm"]:
         if not getattr(args, name, 1) > 0:  # as NaN is not
@@ -323,22 +320,19 @@ def read_rows(source: str, columns: tuple[str, ...], prepare: Callable | None = 
     `id:configuration`), after `prepare(row)`; they must have the columns."""
     if source == "arithmetic":
         return arithmetic()
-    file, rows, lines = Path(source), [], []
+    file = Path(source)
     with explained(source, (OSError, ValueError)):
-        if file.suffix in (".csv", ".parquet") or not (file.is_file() or file.suffix in (".json", ".jsonl")):
+        if file.suffix in (".json", ".jsonl") or (file.is_file() and file.suffix not in (".csv", ".parquet")):
+            text = file.read_text("utf-8-sig").strip()  # without the mark that Excel and Windows put first
+            lines = filter(str.strip, text.split("\n"))
+            rows = json.loads(text if text.startswith("[") else "[" + ",\n".join(lines) + "]")  # so errors name a line
+        else:
             with explained(f"{source}: needs `pip install datasets`", ImportError):
                 import datasets
             name, _, configuration = source.partition(":")
             local = {"path": file.suffix[1:], "data_files": source}
             hub = {"path": name, "name": configuration or None}
             rows = list(datasets.load_dataset(**(local if file.is_file() else hub), split="train"))
-        else:
-            lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # the mark that Excel and Windows put
-        if next(filter(bytes.strip, lines), b"").lstrip().startswith(b"["):  # a .json file is one list
-            rows, lines = json.loads(b"\n".join(lines)), []
-    for number, line in enumerate(lines, 1):
-        with explained(f"{source}, line {number}: not JSON", ValueError):
-            rows += [json.loads(line)] if line.strip() else []
     if not rows:
         raise SystemExit(f"{source}: has no rows")
     texts = ("prompt", "completion", "chosen", "rejected", "messages")  # columns of texts or chat messages
@@ -430,11 +424,9 @@ def render(tokenizer, prompt: str | list[dict] | dict, answer: str | list[dict] 
         if isinstance(prompt, str):
             words = [{"role": role, "content": "WORDS"} for role in ("user", "assistant")]
             opened, closing = template(words[:1], add_generation_prompt=True), template(words).rpartition("WORDS")[2]
-            marks = [mark.strip() for mark in opened.removeprefix(bos).split("WORDS")]
-            marks = [marks[0].rpartition("\n")[2], marks[1].partition("\n")[0]]  # of a user's turn
-            plain = {bos, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}  # any text may hold them
-            special = {*tokenizer.all_special_tokens} - plain
-            if any(x in prompt for x in special if x in opened) or all(mark and mark in prompt for mark in marks):
+            before, after = (part.strip() for part in template(words[:1]).removeprefix(bos).split("WORDS"))
+            marks = before.rpartition("\n")[2], after or opened.partition("WORDS")[2].strip()  # of a user's turn
+            if any(marks) and all(mark in prompt for mark in marks):
                 start = bos if opened.startswith(bos) and not prompt.startswith(bos) else ""
                 return start + prompt + ("" if answer is None else text_of(answer) + closing)
         continued = turns[-1]["role"] == "assistant"
@@ -527,118 +519,19 @@ def decode(tokenizer, ids: torch.Tensor, mask: torch.Tensor) -> tuple[list[str],
     return [tokenizer.decode(row, skip_special_tokens=True) for row in kept], kept
 
 
-# what makes the number behind or before it a part of something else: of an expression, a pair, of five million
-BEFORE = (
-    r"(?:\s[-+*/^:<>\u00b7\u00d7\u00f7\u00b1\u2264\u2265\u2260\u2212]|[<>!]=|\\[a-z]+=?|(?:\d[a-z]|[a-z]\d)\b[\s\d+*/^()-]*="
-    r"|\d[,;]?|\b(?:plus|minus|negative|times|not|mod|sqrt|out of|(?:divided|multiplied) by)|\d (?:over|point)"
-    r"|\d\S{0,20} \(?(?:and|or|to)|\b[a-z] ?= ?\S{1,20},? ?(?:(?:and|or) )?[a-z] ?=)\s*$"
-)
-AFTER = (
-    r"\s+(?:[+*/^<>\u00b7\u00d7\u00f7]|(?:(?:hundred|thousand|million|billion|trillion|dozen)s?|bn|k|lakh|crore|half"
-    r"|squared|cubed|factorial|\\?pi|[\u00bdxyn\u03c0])(?!\w))"
-)
-
-
-def after_thoughts(text: str) -> str:
-    return text.rpartition("</think>")[2].partition("<think>")[0].strip()
-
-
-@lru_cache(2**12)  # the samples of a prompt have one truth
-def final_answer(text: str) -> tuple[str, Decimal | None]:
-    """After any <think>: the line behind the last "####", or what the last \\boxed{} holds, or all; and its number."""
-    text = after_thoughts(text)
-    if marked := re.findall(r"####[ \t]*([^\s#][^\n]*)", text):
-        return marked[-1].strip(), last_number(marked[-1])
-    if "\\boxed" in text:
-        boxed = re.match(r"\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", text.rpartition("\\boxed")[2])
-        return (boxed[1].strip(), to_number(boxed[1])) if boxed else ("", None)
-    return text, last_number(text)
-
-
-@lru_cache(2**12)
-def to_number(text: str) -> Decimal | None:
-    """The number that a text is, with its currency, percent sign or brackets; None if it is not one plain number."""
-    text = text.replace("\u2212", "-").replace("{,}", ",")
-    text = re.sub(r"\\[()\[\]!,]|\\?[$%]|[€£¥₹]", "", text).strip()
-    around = "*_`'\"" if re.match(r"[(\[{].*,", text) else "*_`'\"()[]{}"  # (1,234) is a pair
-    text = text.strip(around).rstrip(".,;").strip(around)
-    plain = re.fullmatch(r"[-+]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][-+]?\d{1,3})?", text)
-    return Decimal(text.replace(",", "")) if plain else None
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text; None where it stands in a fraction, a time, a pair, an expression or a formula."""
-    text = re.sub(r"</?[A-Za-z]\w*>|<<[^<>]*>>", " ", text)  # tags, and GSM8K's calculator
-    lines = re.findall(r"^.*\d.*$", re.sub(r"([$€£¥₹])\s+|\s+(?=\\?%)", r"\1", text), re.MULTILINE)
-    if not lines:
-        return None
-    before, word, after = re.match(r"(.*\s)(\S*\d\S*)(.*)", f" {lines[-1]}").groups()
-    name, word = re.match(r"(.*(?:=|[^\d=]:)|)(.*)", word).groups()  # x=72, Answer:72
-    if re.search(BEFORE, before + name, re.IGNORECASE) or re.match(AFTER, after, re.IGNORECASE):
-        return None
-    return None if not before.strip() and after and word[-1:] in (".", ")") else to_number(word)  # 3. marks a list
-
-
-def exact_answer(prompts: list, completions: list, **columns: list) -> list[float | None]:
-    """1.0 where the completion's answer is that of the column "answer", or else "completion" or "chosen".
-
-    An answer that is one plain number is compared as a number with the completion's last one, any other as a text.
-    """
-    truths = [columns[name] for name in ("answer", "completion", "chosen") if name in columns]
-    if not truths:
-        raise SystemExit('--reward exact_answer: the data has no column "answer"; add it or choose another reward')
-    scores = []
-    for prompt, completion, *given in zip(prompts, completions, *truths):
-        truth = next((truth for truth in given if truth is not None), None)
-        truth = text_of(truth) if isinstance(truth, list) and truth and isinstance(truth[0], dict) else truth
-        if isinstance(truth, bool) or not isinstance(truth, str | int | float | None):
-            raise SystemExit(f"prompt {str(prompt)[:80]!r}: exact_answer takes a text or a number, not {truth!r:.80}")
-        texts = "" if truth is None else str(truth), text_of(completion)
-        (wanted, number), (said, other) = map(final_answer, texts)
-        number = number if to_number(wanted) == number else None  # a number in a sentence is no number
-        right = said.rstrip(".") == wanted.rstrip(".") if number is None else other == number
-        scores.append(float(right) if wanted and truth == truth else None)  # NaN, a table's missing value, is unequal
-    return scores
-
-
-def math_reward(completions: list, answer: list, **columns: list) -> list[float | None]:
-    """1.0 where math-verify finds the completion equal to the answer; None where it cannot read the answer."""
-    from math_verify import parse, verify
-
-    limit = 5 if threading.current_thread() is threading.main_thread() else None  # seconds, by a signal
-    wanted = (final_answer(str(truth))[0].strip("$") for truth in answer)
-    golds = [parse(f"\\boxed{{{truth}}}", parsing_timeout=limit) for truth in wanted]  # as a whole, not its last part
-    said = [parse(after_thoughts(text_of(completion)), parsing_timeout=limit) for completion in completions]
-    return [float(verify(gold, x, timeout_seconds=limit)) if gold else None for gold, x in zip(golds, said)]
-
-
-def format_reward(completions: list, **columns: list) -> list[float]:
-    """1.0 where the completion's last line is a number and nothing else, with "####" before it or not."""
-    lines = [text_of(completion).strip().rpartition("\n")[2] for completion in completions]
-    return [float(re.fullmatch(r"(?:#### ?)?-?[\d,]+(?:\.\d+)?", line) is not None) for line in lines]
-
-
-def length_reward(completions: list, **columns: list) -> list[float]:
-    """Minus the completion's length in thousands of characters."""
-    return [-len(text_of(completion)) / 1000 for completion in completions]
-
-
-REWARDS = {"exact_answer": exact_answer, "math": math_reward, "format": format_reward, "length": length_reward}
 GIVEN = ("prompts", "completions", "completion_ids")  # what a reward gets besides the data's columns
 # one event loop for all asynchronous rewards, as a client belongs to one; in a thread, as a notebook runs its own
 LOOP, THREAD = asyncio.new_event_loop(), ThreadPoolExecutor(1)
 
 
 def load_function(name: str, rows: list[dict] = (), folder: str | Path = "", named_by: str = "--reward") -> Callable:
-    """A reward: one of REWARDS, `package.module:function`, or `file.py:function`, the path relative to the folder.
+    """One of builtin_rewards.py, `package.module:function`, or `file.py:function`, the path relative to the folder.
 
     Refused if it takes what neither the rows' columns nor GIVEN have.
     """
     module, _, function = name.rpartition(":")
     file = Path(folder, module).resolve()
-    with explained(f"{named_by} {name}: neither one of {', '.join(REWARDS)} nor file.py:function or module:function"):
-        if name == "math":
-            import math_verify  # noqa: F401
+    with explained(f"{named_by} {name}: none of exact_answer, math, format, length, file.py:function, module:function"):
         if file.is_file():  # imported as from a script in its folder: its neighbours are found, and pickle finds it
             other = getattr(sys.modules.get(file.stem), "__file__", None)
             if file.stem in sys.stdlib_module_names or "site-packages" in str(other):
@@ -647,8 +540,9 @@ def load_function(name: str, rows: list[dict] = (), folder: str | Path = "", nam
                 sys.modules.pop(file.stem, None)
             sys.path.insert(0, str(file.parent))
             importlib.invalidate_caches()
-        found = REWARDS.get(name) or importlib.import_module(file.stem if file.is_file() else module)
-        loaded = found if name in REWARDS else getattr(found, function)
+            module = file.stem
+        found = importlib.import_module(module or "builtin_rewards")
+        loaded = getattr(found, function) if module else found.REWARDS[name]
         parameters = inspect.signature(loaded).parameters.values()
     columns = {column for row in rows for column in row} - {"prompt"}
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -668,32 +562,24 @@ def call_rewards(functions: dict[str, Callable], rows: list[dict], texts: list[s
     columns = dict.fromkeys(column for row in rows for column in row if column != "prompt")
     arguments |= {column: [row.get(column) for row in rows] for column in columns}
     values = {}
-    for name, function in functions.items():
-        # what a reward does to one of them reaches nobody else, not even another sample of the same row
-        given = {key: [copy.deepcopy(part) for part in parts] for key, parts in arguments.items()}
-        taken = inspect.signature(function).parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-            given = {key: value for key, value in given.items() if key in taken}
-        try:
-            values[name] = function(**given)
-        except Exception as error:
-            values[name] = error
 
     async def together(awaitables):
-        return await asyncio.gather(*awaitables, return_exceptions=True)
+        return await asyncio.gather(*awaitables)
 
-    if waiting := {name: value for name, value in values.items() if inspect.isawaitable(value)}:
-        values |= zip(waiting, THREAD.submit(LOOP.run_until_complete, together(waiting.values())).result())
-    for name, value in values.items():
-        try:
-            if isinstance(value, Exception):
-                raise value
-            if isinstance(value, dict | set | str | bytes):
-                raise TypeError(f"{type(value)}, not a list of numbers")
-            values[name] = list(value)
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            raise SystemExit(f"reward {name}: raised {error!r} in {last.filename}, line {last.lineno}") from error
+    try:
+        for name, function in functions.items():
+            # what a reward does to one of them reaches nobody else, not even another sample of the same row
+            given = {key: [copy.deepcopy(part) for part in parts] for key, parts in arguments.items()}
+            taken = inspect.signature(function).parameters
+            everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+            values[name] = function(**{key: given[key] for key in given if everything or key in taken})
+        if waiting := {name: value for name, value in values.items() if inspect.isawaitable(value)}:
+            values |= zip(waiting, THREAD.submit(LOOP.run_until_complete, together(waiting.values())).result())
+        values = {name: list(value) for name, value in values.items()}
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise SystemExit(f"reward {name}: raised {error!r} in {last.filename}, line {last.lineno}") from error
+    for name in functions:
         if len(values[name]) != len(rows):
             raise SystemExit(f"reward {name}: returned {len(values[name])} values for {len(rows)} completions")
     return values
@@ -722,8 +608,8 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...], rows: list[d
     functions = {name.rpartition(":")[2]: load_function(name, rows) for name in names}
     if len(functions) < len(names):
         raise SystemExit(f"--reward {' '.join(names)}: a second reward of one name; rename one")
-    if rows and exact_answer in functions.values():  # refuses what it cannot read before a model is loaded
-        call_rewards({"exact_answer": exact_answer}, rows, [""] * len(rows))
+    if rows and "exact_answer" in names:  # refuses what it cannot read before a model is loaded
+        call_rewards({"exact_answer": functions["exact_answer"]}, rows, [""] * len(rows))
 
     def score(rows: list[dict], texts: list[str], ids=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         returned = call_rewards(functions, rows, texts, ids)
@@ -877,10 +763,9 @@ class Run:
             prompt = tokenizer.decode(prompt_tokens(tokenizer, row))  # what the model read, special tokens included
             scores = {name: values[index].item() for name, values in components.items()}
             self.write("samples", {"step": step, "phase": phase, "prompt": prompt, "completion": completion, **scores})
-            if phase == "eval" and index < 3:  # what a model says may hold characters that a terminal would obey
-                question, answer = ("".join(c if c.isprintable() else " " for c in x) for x in (prompt, completion))
+            if phase == "eval" and index < 3:
                 rewards = " ".join(f"{name} {value:.3g}" for name, value in scores.items())
-                tqdm.write(f"step {step:<5} {question[-60:]} | {answer[-100:]} | {rewards}")
+                tqdm.write(f"step {step:<5} {prompt[-60:]!r} -> {completion[-100:]!r} | {rewards}")
 
     def write(self, file: str, record: dict) -> None:
         if RANK == 0:

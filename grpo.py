@@ -286,7 +286,6 @@ def main(args: Args) -> dict[str, float]:
     G = args.samples_per_prompt
     on_policy = args.num_epochs * args.num_minibatches == 1  # pi_old is then pi itself
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-
     loss_settings = {"loss_type": args.loss_type, "clip_low": args.clip_low, "clip_high": args.clip_high}
     loss_settings |= {"beta": args.beta, "kl_estimator": args.kl_estimator}
 

@@ -127,7 +127,8 @@ def trls(name, model, device):
     import trl
 
     sys.path.insert(0, str(REPO))
-    import common  # after torch, so that its threads are as TRL's users have them
+    import builtin_rewards  # after torch, so that its threads are as TRL's users have them
+    import common
 
     size = sizes(name, model, device)
     rows, held_out = common.load_data("arithmetic", "", 500, ("prompt",))
@@ -163,7 +164,7 @@ def trls(name, model, device):
 
     def reward(prompts, completions, completion_ids=None, answer=None, **more):
         tokens.append(sum(map(len, completion_ids)) / len(completion_ids))
-        return common.exact_answer(prompts, completions, answer=answer)
+        return builtin_rewards.exact_answer(prompts, completions, answer=answer)
 
     def timed(function):
         def call(*args, **settings):

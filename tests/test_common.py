@@ -173,7 +173,7 @@ def test_load_model_settles_dtype_dropout_stops_and_padded_vocabulary(tmp_path, 
     ("lines", "message"),
     [
         ("", "has no rows"),
-        ('{"prompt": "a"}\nnonsense\n', "line 2: not JSON"),
+        ('{"prompt": "a"}\nnonsense\n', "Expecting value: line 2 column 1"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', 'row 2: "completion" is missing or empty'),
         ('{"prompt": "", "completion": "b"}\n', 'row 1: "prompt" is missing or empty'),
         ('{"prompt": "a", "completion": "b"}\n', "one prompt only"),

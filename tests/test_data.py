@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import builtin_rewards
 import common
 import dpo
 import grpo
@@ -240,8 +241,8 @@ def test_files_of_other_systems(name, content, tmp_path):
     [
         (b'{"prompt": "a", "answer": NaN}', "d.jsonl, row 2: Out of range float values"),
         (b'{"prompt": "a \\ud83d"}', "d.jsonl, row 2: .*surrogates not allowed"),
-        (b'{"prompt": "a', "d.jsonl, line 2: not JSON"),
-        (b'{"prompt": "\xff"}', "d.jsonl, line 2: not JSON: 'utf-8' codec"),
+        (b'{"prompt": "a', "d.jsonl: Unterminated string starting at: line 2"),
+        (b'{"prompt": "\xff"}', "d.jsonl: 'utf-8' codec"),
         (b'"text"', "d.jsonl, row 2: 'str' object has no attribute"),
     ],
 )
@@ -269,7 +270,7 @@ def test_tables_through_datasets(tmp_path):
     (tmp_path / "d.csv").write_text('prompt,answer\n"a, b",85\nc,\n', encoding="utf-8-sig")
     read = rows_of(str(tmp_path / "d.csv"))
     assert [row["prompt"] for row in read] == ["a, b", "c"]
-    assert common.exact_answer(["q"] * 2, ["85", "85"], answer=[row["answer"] for row in read]) == [1.0, None]
+    assert builtin_rewards.exact_answer(["q"] * 2, ["85", "85"], answer=[row["answer"] for row in read]) == [1.0, None]
     with pytest.raises(SystemExit, match=r"missing\.csv: "):
         rows_of(str(tmp_path / "missing.csv"))
 
@@ -453,7 +454,7 @@ def test_main_leaves_signals_and_random_numbers_as_they_were_also_from_a_thread(
             raise ValueError("the judge is down")
         return [0.0] * len(prompts)
 
-    monkeypatch.setitem(common.REWARDS, "broken", broken)
+    monkeypatch.setitem(builtin_rewards.REWARDS, "broken", broken)
     small = SMALL | {"samples_per_prompt": 2, "save_every": 0}
     before, state = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], torch.random.get_rng_state()
     with pytest.raises(SystemExit, match="the judge is down") as kept:  # as a notebook keeps the last traceback

@@ -51,7 +51,7 @@ BAD_FLAGS = [
     (
         "grpo",
         {"reward": ("nonsense",)},
-        "--reward nonsense: neither one of exact_answer, math, format, length nor file.py:function",
+        "--reward nonsense: none of exact_answer, math, format, length, file.py:function",
     ),
     ("grpo", {"reward_weights": (1.0, 2.0)}, "--reward-weights: 2 weights for 1 rewards"),
     ("grpo", {"data": "missing.jsonl"}, "missing.jsonl: [Errno 2] No such file or directory"),
@@ -102,7 +102,7 @@ def test_bad_rows_are_named_before_a_model_is_loaded(script, tmp_path, no_model)
     column = {"sft": "completion", "dpo": "rejected"}.get(script, "prompt")
     for rows, message in [
         ((), "has no rows"),
-        ((GOOD, "nonsense"), "line 2: not JSON"),
+        ((GOOD, "nonsense"), "data.jsonl: Expecting value: line 2 column 1"),
         ((GOOD, {name: GOOD[name] for name in GOOD if name != column}), f'row 2: "{column}" is missing or empty'),
         ((GOOD, GOOD | {column: ""}), f'row 2: "{column}" is missing or empty'),
         ((GOOD, GOOD), "one prompt only"),
@@ -112,7 +112,7 @@ def test_bad_rows_are_named_before_a_model_is_loaded(script, tmp_path, no_model)
 
 def test_a_line_that_is_no_utf_8_is_named(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + '{"prompt": "é"}'.encode("latin-1"))
-    assert "line 2: not JSON: 'utf-8' codec" in message_of("grpo", tmp_path, data=str(tmp_path / "data.jsonl"))
+    assert "data.jsonl: 'utf-8' codec" in message_of("grpo", tmp_path, data=str(tmp_path / "data.jsonl"))
 
 
 def test_messages_that_no_template_takes(tmp_path, chat_model):
@@ -150,7 +150,7 @@ def reward(tmp_path, body):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return [0.5", "nor file.py:function or module:function: '[' was never closed"),
+        ("return [0.5", "file.py:function, module:function: '[' was never closed"),
         ("return 1 / 0", "reward judge: raised ZeroDivisionError('division by zero') in"),
         ("return [1.0]", "reward judge: returned 1 values for 2 completions"),
         ("return None", "reward judge: raised TypeError"),
@@ -239,7 +239,7 @@ def test_resuming_what_cannot_be_resumed(tmp_path, monkeypatch):
         sft.main(sft.Args(resume=str(tmp_path / "done")))
 
 
-@pytest.mark.parametrize("file", ["common.py", *(f"{script}.py" for script in SCRIPTS)])
+@pytest.mark.parametrize("file", ["common.py", "builtin_rewards.py", *(f"{script}.py" for script in SCRIPTS)])
 def test_nothing_runs_what_a_model_or_a_checkpoint_says(file):
     """No eval, exec or pickle; torch.load takes weights only; code in a checkpoint is never trusted."""
     calls = [node for node in ast.walk(ast.parse((REPO / file).read_text())) if isinstance(node, ast.Call)]

@@ -9,6 +9,7 @@ import types
 from functools import partial
 from pathlib import Path
 
+import builtin_rewards
 import common
 import grpo
 
@@ -34,7 +35,7 @@ def test_exact_answer_of_cases_from_public_reports():
     """Each row names its source; "0 or 1" are right answers in a form that may be missed, never wrong ones."""
     assert len(PAIRS) > 350 and sum(row["right"] == 0 for row in PAIRS) == 200
     for row in PAIRS:
-        got = common.exact_answer(["q"], [row["completion"]], answer=[row["truth"]])[0]
+        got = builtin_rewards.exact_answer(["q"], [row["completion"]], answer=[row["truth"]])[0]
         assert got == row["right"] or row["right"] == "0 or 1", row
 
 
@@ -51,7 +52,7 @@ def test_exact_answer_of_cases_from_public_reports():
         (float("nan"), "5", None),
         ("so 3 + 4 = 7", "7", 0),  # a sentence is a text
         ("#### 1,200.50", "#### 1200.5", 1),
-        ("42", "<think>42", 0),  # cut off in its thoughts
+        ("42", "<think>#### 42", 0),  # cut off in its thoughts
         ("42", "<think>41 or 42</think>so 41", 0),
         ("42", "#### 42\n####", 1),
         ("42", r"\boxed{42}, no, \boxed{4", 0),
@@ -60,9 +61,10 @@ def test_exact_answer_of_cases_from_public_reports():
         ("85", "37+48=85", 1),
         ("5", "$2+3=5$", 1),
         ("5", "3x=5", 0),
-        ("85", "The sum is equal to 85.", 1),
-        ("5", "it comes to $5 and that is it", 1),
-        ("18", "She sells 9 * 2 = <<9*2=18>>18", 1),
+        ("85", "The sum is 85.", 1),
+        ("85", "The sum is: 80 or 85", 0),
+        ("5", "it comes to $5 and that is it", 0),  # right, but in the midst of a sentence
+        ("18", "6 is 3 times 2. It is 18", 0),
         ("5", "Answer: - 5", 0),
         ("5", "3 : 5", 0),
         ("5", "4 divided by 5", 0),
@@ -71,13 +73,16 @@ def test_exact_answer_of_cases_from_public_reports():
         ("5", "5 thousands", 0),
         ("5", "5 squared", 0),
         ("5", "x = 4, y = 5", 0),
-        ("72", "48/2 = 24 in May, so 48 + 24 = 72", 1),
+        ("5", "x is 4 and y is 5", 0),
+        ("72", "48 + 24 = 72", 1),
+        ("72", "Sold in all: **72**", 1),
+        ("72", "<answer>72</answer>", 1),
         ("Paris", "Paris.", 1),
         ("Paris", "Rome", 0),
     ],
 )
 def test_exact_answer(truth, said, score):
-    assert common.exact_answer(["q"], [said], answer=[truth]) == [score]
+    assert builtin_rewards.exact_answer(["q"], [said], answer=[truth]) == [score]
 
 
 def test_exact_answer_refuses_what_is_no_answer_before_a_model_is_loaded():
@@ -207,12 +212,12 @@ def test_numbers_of_any_library(monkeypatch):
     for value in ("0.5", float("nan"), np.inf, [1.0], torch.ones(2), 10**400, object()):
         with pytest.raises(SystemExit, match=r"reward r: returned .* for the completion 'text'; expected a finite"):
             common.to_floats("r", [value], ["text"])
-    for returned in ({0: 1.0, 1: 0.0}, {1.0, 0.0}, b"10", "10", None):
-        monkeypatch.setitem(common.REWARDS, "r", lambda completions, value=returned: value)
-        with pytest.raises(SystemExit, match="reward r: raised TypeError"):
+    for returned in ("10", None, 1.0):
+        monkeypatch.setitem(builtin_rewards.REWARDS, "r", lambda completions, value=returned: value)
+        with pytest.raises(SystemExit, match=r"reward r: (raised TypeError|returned '1')"):
             scores_of("r")
     for returned in (np.ones(2), torch.ones(2), (1.0, 1.0)):
-        monkeypatch.setitem(common.REWARDS, "r", lambda completions, value=returned: value)
+        monkeypatch.setitem(builtin_rewards.REWARDS, "r", lambda completions, value=returned: value)
         assert scores_of("r") == [1.0, 1.0]
 
 
@@ -226,7 +231,7 @@ def test_a_reward_changes_nobodys_data(monkeypatch):
         return [1.0] * len(prompts)
 
     for name in ("first", "second"):
-        monkeypatch.setitem(common.REWARDS, name, greedy)
+        monkeypatch.setitem(builtin_rewards.REWARDS, name, greedy)
     row = {"prompt": [{"role": "user", "content": "q"}], "tags": ["t"]}
     score, ids = common.load_reward(("first", "second"), (), [row]), [[1], [2]]
     for _ in range(2):  # two samples of one prompt, two rewards, twice
@@ -245,7 +250,7 @@ def test_asynchronous_rewards_wait_together_on_one_loop_also_in_a_notebook(monke
         return [1.0] * len(completions)
 
     for name in ("first", "second"):
-        monkeypatch.setitem(common.REWARDS, name, partial(judge, other=name))
+        monkeypatch.setitem(builtin_rewards.REWARDS, name, partial(judge, other=name))
     score = common.load_reward(("first", "second"), ())
     assert score(ROWS, TEXTS)[0].tolist() == [2.0, 2.0]
 
@@ -258,7 +263,7 @@ def test_asynchronous_rewards_wait_together_on_one_loop_also_in_a_notebook(monke
     async def broken(completions):
         raise ConnectionError("the judge is down")
 
-    monkeypatch.setitem(common.REWARDS, "broken", broken)
+    monkeypatch.setitem(builtin_rewards.REWARDS, "broken", broken)
     with pytest.raises(SystemExit, match=r"reward broken: raised ConnectionError\('the judge is down'\) in .*, line"):
         scores_of("broken")
 
@@ -271,7 +276,7 @@ def test_a_reward_runs_in_the_main_thread_and_in_full_precision(tmp_path, monkey
         seen.append((threading.current_thread(), (torch.ones(1, 1) @ torch.ones(1, 1)).dtype))
         return [1.0] * len(prompts)
 
-    monkeypatch.setitem(common.REWARDS, "reward", reward)
+    monkeypatch.setitem(builtin_rewards.REWARDS, "reward", reward)
     small = {"num_steps": 1, "prompts_per_step": 2, "samples_per_prompt": 2, "eval_prompts": 2, "dtype": "bfloat16"}
     grpo.main(grpo.Args(reward=("reward",), output_dir=str(tmp_path / "run"), **small))
     assert seen == [(threading.main_thread(), torch.float32)] * 3
@@ -289,7 +294,7 @@ def test_completion_ids_are_the_kept_tokens(tmp_path, monkeypatch):
         seen.append(len(prompts))
         return [1.0] * len(prompts)
 
-    monkeypatch.setitem(common.REWARDS, "judge", judge)
+    monkeypatch.setitem(builtin_rewards.REWARDS, "judge", judge)
     small = {"num_steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4, "eval_prompts": 3, "temperature": 3.0}
     grpo.main(grpo.Args(reward=("judge",), output_dir=str(tmp_path / "run"), **small))
     assert sum(seen) == 16 + 2 * 3
@@ -338,5 +343,5 @@ def test_math_verify_knows_equal_answers():
 
 def test_without_math_verify_its_reward_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(SystemExit, match=r"--reward math: .*math_verify"):
-        common.load_reward(("math",), (), ROWS)
+    with pytest.raises(SystemExit, match=r"--reward math: needs `pip install math-verify`"):
+        common.load_reward(("math",), (), ROWS)(ROWS, TEXTS)

@@ -285,7 +285,7 @@ def test_the_terminal_shows_some_completions_with_their_rewards(tmp_path, capsys
     assert len(lines) == 4 * 3  # at steps 0, 2, 4 and 5, of 4 prompts each
     first = shown[0]
     rewards = f"exact_answer {first['exact_answer']:.3g} length {first['length']:.3g}"
-    assert lines[0] == f"step 0     {first['prompt']} | {first['completion']} | {rewards}"
+    assert lines[0] == f"step 0     {first['prompt']!r} -> {first['completion']!r} | {rewards}"
 
 
 def test_what_a_model_says_cannot_command_the_terminal(tmp_path, capsys, tokenizer):
@@ -294,4 +294,4 @@ def test_what_a_model_says_cannot_command_the_terminal(tmp_path, capsys, tokeniz
     run.start()
     said = ["\x1b[2J\x07\r85\x9b"]
     run.log_samples(0, "eval", tokenizer, [{"prompt": "a\nb"}], said, {"right": torch.tensor([1.0])})
-    assert capsys.readouterr().out.strip() == "step 0     a b |  [2J  85  | right 1"
+    assert capsys.readouterr().out.strip() == r"step 0     'a\nb' -> '\x1b[2J\x07\r85\x9b' | right 1"

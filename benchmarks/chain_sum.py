@@ -1,0 +1,56 @@
+"""reasoning-gym's chain_sum as data and rewards: sums and differences of two numbers of one or two digits.
+
+python -m pip install reasoning-gym
+python benchmarks/chain_sum.py FOLDER
+
+writes demonstrations.jsonl (256 rows), train.jsonl and test.jsonl (500 rows). No question is in two of them.
+"""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import reasoning_gym
+
+
+def problems(size, seed):
+    return reasoning_gym.create_dataset("chain_sum", size=size, seed=seed, min_terms=2, max_terms=2, max_digits=2)
+
+
+SCORER = problems(1, 0)
+
+
+def text_of(completion):
+    return (completion if isinstance(completion, str) else completion[0]["content"]).strip()
+
+
+def solved(completions, answer, metadata):
+    """1.0 where reasoning-gym gives full marks; what it gives answers that contain the right one counts for nothing."""
+    entries = [{"answer": a, "metadata": m} for a, m in zip(answer, metadata)]
+    return [float(SCORER.score_answer(text_of(said), entry) == 1.0) for said, entry in zip(completions, entries)]
+
+
+def form(completions):
+    """1.0 where the completion is one whole number and nothing else."""
+    return [float(re.fullmatch(r"-?\d+", text_of(said)) is not None) for said in completions]
+
+
+def main(folder):
+    rows = {}  # by question
+    for entry in problems(8000, 1):
+        row = {"prompt": entry["question"], "completion": entry["answer"], "answer": entry["answer"]}
+        rows[entry["question"]] = row | {"metadata": {"difficulty": entry["metadata"]["difficulty"]}}
+    rows = list(rows.values())
+    random.Random(0).shuffle(rows)  # or the test would have most of the few questions of one digit, which come early
+    splits = {"test": rows[:500], "demonstrations": rows[500:756], "train": rows[756:]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, split in splits.items():
+        text = "".join(json.dumps(row) + "\n" for row in split)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        print(f"{len(split)} rows in {folder / name}.jsonl")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

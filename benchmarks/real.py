@@ -1,0 +1,173 @@
+"""A real language model learns by each of the eight scripts, on the CPU of a laptop or on a GPU.
+
+python -m pip install reasoning-gym matplotlib
+python benchmarks/real.py
+python benchmarks/real.py --model Qwen/Qwen2.5-0.5B-Instruct --output-dir runs/real-qwen --num-steps 100
+
+Makes the data (benchmarks/chain_sum.py), warms the model up with sft.py on 256 demonstrations, and from that one start
+trains the other seven on other prompts. Two controls: sft.py on the same demonstrations for longer, and
+rejection_sampling.py on samples taken at random. What is done is skipped, what was cut off goes on. In the end it
+writes table.md, completions.md and curves.png; docs/results.md shows what came out.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+HERE = Path(__file__).parent
+SAMPLED = "--data {data}/train.jsonl --prompts-per-step {prompts} --samples-per-prompt {samples}"
+RUNS = {  # name: script and flags, or another run and what it has besides; the first run is where the others start
+    "warm-up": "sft --num-steps {warm_steps} --learning-rate 5e-5 --warmup-steps 2",
+    "sft": "sft --data {data}/demonstrations.jsonl --prompts-per-step 32 --learning-rate 3e-5",
+    "random": "rejection_sampling --strategy random",
+    "rejection_sampling": f"rejection_sampling {SAMPLED} --learning-rate 2e-5",
+    "reinforce": f"reinforce {SAMPLED} --learning-rate 1e-5",
+    "grpo": f"grpo {SAMPLED} --learning-rate 1e-5",
+    "ppo": f"ppo {SAMPLED} --learning-rate 1e-5 --value-learning-rate 3e-5 --num-epochs 1 --beta 0.01",
+    "trpo": f"trpo {SAMPLED} --max-kl 0.01",
+    "dpo": "dpo --data {data}/pairs.jsonl --prompts-per-step {prompts} --learning-rate 5e-6",
+    "grape": f"grape {SAMPLED} --learning-rate 1e-5 --rubric {{rubric}} --critic-model {{model}}",
+    "grape-no-confidence": "grape --confidence-scope none",
+    "grape-no-std": "grape --scale none",
+    "grpo-too-fast": "grpo --learning-rate 2e-4",
+    "grpo-too-often": "grpo --num-epochs 8 --beta 0 --learning-rate 5e-5",
+    "reinforce-2": "reinforce --seed 2",
+    "grpo-2": "grpo --seed 2",
+    "ppo-2": "ppo --seed 2",
+}
+PANELS = {
+    "held-out accuracy, greedy": ("eval/accuracy", "sft random rejection_sampling reinforce grpo ppo trpo dpo grape"),
+    "mean reward of the samples": ("reward/mean", "random rejection_sampling reinforce grpo ppo trpo"),
+    "settings that break it": ("eval/accuracy", "grpo grpo-too-fast grpo-too-often"),
+}
+
+
+@dataclass
+class Args:
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # folder or hub id
+    output_dir: Path = Path("runs/real")  # for data, runs, table.md, completions.md and curves.png
+    num_steps: int = 40  # steps of each run after the warm-up
+    only: tuple[str, ...] = ()  # names of runs; all of them without it
+    quick: bool = False  # two small steps each, to see that everything runs
+
+
+def flags_of(name: str) -> str:
+    """The script of a run and its flags; a later flag counts where one is there twice."""
+    first, _, more = RUNS[name].partition(" ")
+    return f"{flags_of(first)} {more}" if first in RUNS and first != name else RUNS[name]
+
+
+def python(script: Path, *arguments) -> None:
+    done = subprocess.run(list(map(str, [sys.executable, script, *arguments])))
+    if done.returncode:
+        raise SystemExit(f"{script.name} ended with status {done.returncode}; the same command goes on from here")
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def table(out: Path, names: list[str], sequences: int, problems: int) -> str:
+    lines = ["| run | before | after | best | completions | tokens | minutes | GB |", "|" + "---|" * 8]
+    for name in names:
+        rows = read(out / name / "metrics.jsonl")
+        accuracy = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
+        error = (accuracy[-1] * (1 - accuracy[-1]) / problems) ** 0.5
+        lengths = [row["completion/length"] for row in rows if "time/rollout" in row]
+        drawn = f"{len(lengths) * sequences:,} | {sum(lengths) * sequences:,.0f}" if lengths else "none | none"
+        result = f"{accuracy[0]:.3f} | {accuracy[-1]:.3f} ± {error:.3f} | {max(accuracy):.3f}"
+        memory, minutes = max(row["memory/peak"] for row in rows), rows[-1]["time/total"] / 60
+        lines.append(f"| {name} | {result} | {drawn} | {minutes:.1f} | {memory:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def completions(out: Path, names: list[str]) -> str:
+    """What each run's model answers to three held-out questions before and after."""
+    lines = ["| run | prompt | before | after |", "|---|---|---|---|"]
+    for name in names:
+        rows = [row for row in read(out / name / "samples.jsonl") if row["phase"] == "eval"]
+        last = [row for row in rows if row["step"] == rows[-1]["step"]]
+        for before, after in list(zip(rows, last))[:3]:
+            texts = before["prompt"][-60:], before["completion"], after["completion"]
+            lines.append(f"| {name} | " + " | ".join(map(repr, texts)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(out: Path, names: list[str], sequences: int) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.2), constrained_layout=True)
+    colours = dict(zip(RUNS, plt.get_cmap("tab20").colors))
+    for axis, (title, (metric, runs)) in zip(axes, PANELS.items()):
+        for name in [name for name in runs.split() if name in names]:
+            rows = read(out / name / "metrics.jsonl")
+            points = [(row["step"] * sequences, row[metric]) for row in rows if metric in row]
+            style = {"marker": "o", "markersize": 3} if metric == "eval/accuracy" else {"linewidth": 1}
+            axis.plot(*zip(*points), label=name, color=colours[name], **style)
+        axis.set(title=title, xlabel=f"completions ({sequences} a step)", ylim=(0, 1))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(out / "curves.png", dpi=110)
+
+
+def main(args: Args) -> None:
+    if unknown := {*args.only} - RUNS.keys():
+        raise SystemExit(f"--only: {', '.join(sorted(unknown))}: not among {', '.join(RUNS)}")
+    names = [name for name in RUNS if not args.only or name in ("warm-up", *args.only)]
+    out, data = args.output_dir, args.output_dir / "data"
+    prompts, samples, steps, problems = (4, 2, 2, 8) if args.quick else (16, 8, args.num_steps, 500)
+    warm_steps, pairs, every = (2, 16, 1) if args.quick else (20, 768, 10)
+    places = {"data": data, "model": args.model, "rubric": HERE.parent / "rubrics" / "chain_sum.json"}
+    sizes = {"prompts": prompts, "samples": samples, "warm_steps": warm_steps}
+    reward = ["--reward", f"{HERE / 'chain_sum.py'}:solved", "--max-new-tokens", 6]
+    evaluation = [
+        "--eval-data",
+        data / "test.jsonl",
+        "--eval-prompts",
+        problems,
+        "--eval-every",
+        every,
+        "--save-every",
+        5,
+    ]
+
+    if not (data / "train.jsonl").exists():
+        python(HERE / "chain_sum.py", data)
+    for name in names:
+        run, start = out / name, args.model if name == "warm-up" else out / "warm-up" / "model"
+        script, *flags = flags_of(name).format(**places, **sizes).split()
+        if script == "dpo" and not (data / "pairs.jsonl").exists():  # of the start's own samples
+            scored = ["--reward", "length", *reward[2:]] if args.quick else reward  # as two steps get nothing right
+            made = ["--model", start, "--data", data / "train.jsonl", "--output", data / "pairs.part", *scored]
+            python(HERE / "pairs.py", *made, "--prompts", pairs, "--prompts-per-batch", prompts)
+            (data / "pairs.part").rename(data / "pairs.jsonl")
+        begun = ["--resume", run] if (run / "args.json").exists() else []
+        settings = [
+            "--model",
+            start,
+            "--num-steps",
+            steps,
+            *reward,
+            *evaluation,
+            "--output-dir",
+            run,
+            "--save-every",
+            5,
+        ]
+        if not (run / "model").exists():
+            python(HERE.parent / f"{script}.py", *(begun or [*settings, *reward, *evaluation, *flags]))
+    (out / "table.md").write_text(table(out, names, prompts * samples, problems), encoding="utf-8")
+    (out / "completions.md").write_text(completions(out, names), encoding="utf-8")
+    print((out / "table.md").read_text(encoding="utf-8"))
+    draw(out, names, prompts * samples)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
