@@ -69,7 +69,6 @@ class Args:
     beta: float | None = None  # how closely the policy is held to the reference; by default 0.1, sppo 0.001, simpo 2
     simpo_gamma: float = 1.0  # the margin gamma of simpo
     label_smoothing: float = 0.0  # share of pairs thought to be the wrong way round, for sigmoid and robust
-    reference: Literal["kept", "live"] = "kept"  # compute its log-probs before the training, or at each step
 
     def __post_init__(self):
         if self.micro_batch_size % 2:
@@ -222,9 +221,8 @@ def tokenize(model, tokenizer, rows, args):
         chosen, rejected = (completion[: max(0, longest - len(prompt))] for completion in both)
         examples += [((prompt, chosen), (prompt, rejected))] if chosen and rejected and chosen != rejected else []
     if len(examples) < len(rows):
-        print(
-            f"dropped {len(rows) - len(examples)} of {len(rows)} rows, empty or equal in their first {longest} tokens"
-        )
+        dropped = f"{len(rows) - len(examples)} of {len(rows)} rows"
+        print(f"dropped {dropped}, empty or equal in their first {longest} tokens")
     if not examples:
         raise SystemExit(f"--max-length {args.max_length}: leaves no row")
     return examples
@@ -237,23 +235,20 @@ def sequence_logprobs(logprobs, completion_mask, *, loss_type):
 
 
 @torch.no_grad()
-def reference_logprobs(ref_model, batch, args):
-    """log pi_ref [N, 2] of the chosen and rejected completions of a batch of collate; 0 without a reference."""
-    if ref_model is None:
-        return torch.zeros(len(batch[0]) // 2, 2, device=batch[0].device)
-    micros = zip(*(x.split(args.micro_batch_size) for x in batch))
-    logps = [sequence_logprobs(token_logprobs(ref_model, *m), m[-1], loss_type=args.loss_type) for m in micros]
-    return torch.cat(logps).view(-1, 2)
+def reference_logprobs(model, examples, args):
+    """log pi_ref [pairs, 2] of the chosen and rejected completion of all pairs that the run will see; 0 for simpo.
 
-
-def reference_table(ref_model, examples, args, device):
-    """reference_logprobs [pairs, 2] of all pairs that the run will see, each computed once."""
-    table = torch.full((len(examples), 2), -math.inf, device=device)
+    Computed once, by the model before it is trained, so that no second one is needed.
+    """
+    table = torch.full((len(examples), 2), -math.inf, device=model.device)
+    if args.loss_type == "simpo":
+        return table.zero_()
     for step in range(1, min(args.num_steps, math.ceil(len(examples) / args.prompts_per_step)) + 1):
         numbers, pairs = zip(*common.take_batch(examples, step, args))
-        batch = collate(sum(pairs, ()), device)
+        micros = zip(*(x.split(args.micro_batch_size) for x in collate(sum(pairs, ()), model.device)))
         with common.autocast(args):
-            table[list(numbers)] = reference_logprobs(ref_model, batch, args)
+            logps = [sequence_logprobs(token_logprobs(model, *m), m[-1], loss_type=args.loss_type) for m in micros]
+        table[list(numbers)] = torch.cat(logps).view(-1, 2)
     return common.total(table, torch.distributed.ReduceOp.MAX)  # each process had a share; later it gets other rows
 
 
@@ -309,12 +304,10 @@ def main(args: Args) -> dict[str, float]:
     model, tokenizer = common.load_model(args.model, device, train=args)
     common.check_prompts(model, tokenizer, eval_rows, args.max_new_tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    ref_model = model if args.reference == "kept" else common.load_reference(args, model, device)
-    ref_model = None if args.loss_type == "simpo" else ref_model
     loss_settings = {"loss_type": args.loss_type, "beta": args.beta, "gamma": args.simpo_gamma}
     loss_settings |= {"label_smoothing": args.label_smoothing}
     examples = list(enumerate(tokenize(model, tokenizer, train_rows, args)))
-    kept_logps = reference_table(ref_model, examples, args, device) if args.reference == "kept" else None
+    all_ref_logps = reference_logprobs(model, examples, args)  # [pairs, 2]
 
     run.start(model=(model, optimizer))
     if run.done == 0:
@@ -325,9 +318,7 @@ def main(args: Args) -> dict[str, float]:
         batch = collate(sum(pairs, ()), device)
         completion_mask = batch[-1]  # [B, T]
         lengths = completion_mask.sum(1)  # [B]
-        with autocast:
-            live = kept_logps is None
-            ref_logps = reference_logprobs(ref_model, batch, args) if live else kept_logps[list(numbers)]  # [N, 2]
+        ref_logps = all_ref_logps[list(numbers)]  # [N, 2]
 
         # 2. update: one optimizer step on the whole batch
         decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)

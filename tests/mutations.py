@@ -737,8 +737,8 @@ MUTATIONS = [
         "E4",
         "The reference is the starting model,",
         "dpo.py",
-        'model if args.reference == "kept" else common.load_reference(args, model, device)',
-        "model",
+        "all_ref_logps[list(numbers)]",
+        "reference_logprobs(model, examples, args)[list(numbers)]",
         UPDATE + "dpo",
     ),
     Mutation(

@@ -4,7 +4,6 @@ import json
 import sys
 
 import common
-import dpo
 import grape
 import grpo
 import ppo
@@ -65,7 +64,7 @@ def test_lora_trains_adapters_only_and_saves_them_as_peft_does(script, tmp_path,
     assert len(models) == copies
 
 
-@pytest.mark.parametrize("module", [reinforce, trpo, ppo, grpo, grape, dpo], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [reinforce, trpo, ppo, grpo, grape], ids=lambda module: module.__name__)
 def test_the_reference_is_the_start_though_the_adapters_were_trained(module, tmp_path, monkeypatch):
     """The log-probs that a reference gives in the last step are those of the base model, to the last bit."""
     seen, token_logprobs = [], module.token_logprobs
@@ -77,8 +76,7 @@ def test_the_reference_is_the_start_though_the_adapters_were_trained(module, tmp
         return result
 
     monkeypatch.setattr(module, "token_logprobs", spy)
-    live = {"reference": "live"} if module is dpo else {"beta": 0.1}
-    train(module, tmp_path / "run", lora_rank=4, **live)
+    train(module, tmp_path / "run", lora_rank=4, beta=0.1)
     base = common.load_model("models/arithmetic", CPU)[0]
     batch, settings, result = seen[-1]
     with torch.no_grad():

@@ -104,7 +104,7 @@ JOBS = {
         "num_steps": 6,
         "prompts_per_step": 10,
     },  # more than an epoch, with log-probs kept from the first one, whose last step has rows of the next one
-    "dpo-live": {"script": "dpo", "reference": "live", "lora_rank": 2},
+    "dpo-lora": {"script": "dpo", "lora_rank": 2},
     "grape": {"script": "grape", "num_minibatches": 1},
     "grape-batch": {"script": "grape", "num_minibatches": 1, "confidence_scope": "batch"},
     # a prompt for each process and step: in some steps only one of them has a question for the critic

@@ -10,7 +10,7 @@ REPO = Path(__file__).parent.parent
 
 def test_one_command_trains_by_each_script_and_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / "real"
-    only = "sft random rejection_sampling reinforce grpo ppo trpo dpo grape-no-std".split()
+    only = ["sft", "random", "rejection_sampling", "reinforce", "grpo", "ppo", "trpo", "dpo", "grape-no-std"]
     command = "benchmarks/real.py", "--quick", "--model", "models/arithmetic", "--output-dir", out, "--only", *only
     done = run_python(*map(str, command), cwd=REPO)
     assert done.returncode == 0, done.stderr[-2000:]

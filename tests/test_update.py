@@ -420,9 +420,8 @@ def test_sft(record, tokenizer, chat_data):
         close(update.gradient, flat_gradient(loss, update.model))
 
 
-@pytest.mark.parametrize("reference", ["kept", "live"])
-def test_dpo(record, tokenizer, chat_data, reference):
-    recording = record(dpo, micro_batch_size=4, reference=reference, beta=BETA)
+def test_dpo(record, tokenizer, chat_data):
+    recording = record(dpo, micro_batch_size=4, beta=BETA)
     rows = [json.loads(line) for line in Path(chat_data).read_text().splitlines()]
     known = [(template(tokenizer, row, "chosen"), template(tokenizer, row, "rejected")) for row in rows]
     assert len(recording.updates) == 2
