@@ -9,7 +9,9 @@ import re
 import threading
 from decimal import Decimal
 
-from common import explained, text_of
+
+def text_of(message: str | list[dict]) -> str:
+    return message if isinstance(message, str) else "\n".join(turn["content"] for turn in message)
 
 
 def after_thoughts(text: str) -> str:
@@ -61,8 +63,10 @@ def exact_answer(prompts: list, completions: list, **columns: list) -> list[floa
 
 def math_reward(completions: list, answer: list, **columns: list) -> list[float | None]:
     """1.0 where math-verify finds the completion equal to the answer; None where it cannot read the answer."""
-    with explained("--reward math: needs `pip install math-verify`", ImportError):
+    try:
         from math_verify import parse, verify
+    except ImportError as error:
+        raise SystemExit("--reward math: needs `pip install math-verify`") from error
     limit = 5 if threading.current_thread() is threading.main_thread() else None  # seconds, by a signal
     wanted = (final_answer(str(truth)).strip("$") for truth in answer)
     golds = [parse(f"\\boxed{{{truth}}}", parsing_timeout=limit) for truth in wanted]  # as a whole, not its last part

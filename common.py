@@ -33,6 +33,8 @@ from types import MethodType
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+from builtin_rewards import REWARDS, text_of
+
 import torch
 import torch.distributed as dist
 import transformers
@@ -401,10 +403,6 @@ def take_batch(rows: list, step: int, args) -> list:
     return share([rows[index] for index in orders[first % len(rows) :][: args.prompts_per_step]])
 
 
-def text_of(message: str | list[dict]) -> str:
-    return message if isinstance(message, str) else "\n".join(turn["content"] for turn in message)
-
-
 def turns_of(message: str | list[dict], role: str) -> list[dict]:
     return [{"role": role, "content": message}] if isinstance(message, str) else message
 
@@ -531,7 +529,7 @@ def load_function(name: str, rows: list[dict] = (), folder: str | Path = "", nam
     """
     module, _, function = name.rpartition(":")
     file = Path(folder, module).resolve()
-    with explained(f"{named_by} {name}: none of exact_answer, math, format, length, file.py:function, module:function"):
+    with explained(f"{named_by} {name}: none of {', '.join(REWARDS)}, file.py:function, module:function"):
         if file.is_file():  # imported as from a script in its folder: its neighbours are found, and pickle finds it
             other = getattr(sys.modules.get(file.stem), "__file__", None)
             if file.stem in sys.stdlib_module_names or "site-packages" in str(other):
@@ -541,8 +539,7 @@ def load_function(name: str, rows: list[dict] = (), folder: str | Path = "", nam
             sys.path.insert(0, str(file.parent))
             importlib.invalidate_caches()
             module = file.stem
-        found = importlib.import_module(module or "builtin_rewards")
-        loaded = getattr(found, function) if module else found.REWARDS[name]
+        loaded = REWARDS.get(name) or getattr(importlib.import_module(module), function)
         parameters = inspect.signature(loaded).parameters.values()
     columns = {column for row in rows for column in row} - {"prompt"}
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]

@@ -1,9 +1,10 @@
 """reasoning-gym's chain_sum as data and rewards: sums and differences of two numbers of one or two digits.
 
 python -m pip install reasoning-gym
-python benchmarks/chain_sum.py FOLDER
+python benchmarks/chain_sum.py FOLDER [--chat]
 
-writes demonstrations.jsonl (256 rows), train.jsonl and test.jsonl (500 rows). No question is in two of them.
+writes demonstrations.jsonl (256 rows), train.jsonl and test.jsonl (500 rows). No problem is in two of them. With --chat
+prompts are messages, with a short system turn in place of the long one that some chat templates add.
 """
 
 import json
@@ -37,13 +38,15 @@ def form(completions):
     return [float(re.fullmatch(r"-?\d+", text_of(said)) is not None) for said in completions]
 
 
-def main(folder):
-    rows = {}  # by question
+def main(folder, chat):
+    rows = {}  # by problem
     for entry in problems(8000, 1):
-        row = {"prompt": entry["question"], "completion": entry["answer"], "answer": entry["answer"]}
-        rows[entry["question"]] = row | {"metadata": {"difficulty": entry["metadata"]["difficulty"]}}
+        problem = entry["metadata"]["expression"] + " ="
+        turns = [{"role": "system", "content": "Calculate."}, {"role": "user", "content": problem}]
+        row = {"prompt": turns if chat else problem, "answer": entry["answer"], "metadata": {"expression": problem}}
+        rows[problem] = row | {"completion": entry["answer"]}
     rows = list(rows.values())
-    random.Random(0).shuffle(rows)  # or the test would have most of the few questions of one digit, which come early
+    random.Random(0).shuffle(rows)  # or the test would have most of the few problems with one digit, which come early
     splits = {"test": rows[:500], "demonstrations": rows[500:756], "train": rows[756:]}
     folder.mkdir(parents=True, exist_ok=True)
     for name, split in splits.items():
@@ -53,4 +56,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "--chat" in sys.argv[2:])

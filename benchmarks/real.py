@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
 SAMPLED = "--data {data}/train.jsonl --prompts-per-step {prompts} --samples-per-prompt {samples}"
@@ -139,7 +140,8 @@ def main(args: Args) -> None:
     ]
 
     if not (data / "train.jsonl").exists():
-        python(HERE / "chain_sum.py", data)
+        chat = ["--chat"] if AutoTokenizer.from_pretrained(args.model).chat_template else []
+        python(HERE / "chain_sum.py", data, *chat)
     for name in names:
         run, start = out / name, args.model if name == "warm-up" else out / "warm-up" / "model"
         script, *flags = flags_of(name).format(**places, **sizes).split()

@@ -454,7 +454,7 @@ def test_main_leaves_signals_and_random_numbers_as_they_were_also_from_a_thread(
             raise ValueError("the judge is down")
         return [0.0] * len(prompts)
 
-    monkeypatch.setitem(builtin_rewards.REWARDS, "broken", broken)
+    monkeypatch.setitem(common.REWARDS, "broken", broken)
     small = SMALL | {"samples_per_prompt": 2, "save_every": 0}
     before, state = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], torch.random.get_rng_state()
     with pytest.raises(SystemExit, match="the judge is down") as kept:  # as a notebook keeps the last traceback

@@ -213,11 +213,11 @@ def test_numbers_of_any_library(monkeypatch):
         with pytest.raises(SystemExit, match=r"reward r: returned .* for the completion 'text'; expected a finite"):
             common.to_floats("r", [value], ["text"])
     for returned in ("10", None, 1.0):
-        monkeypatch.setitem(builtin_rewards.REWARDS, "r", lambda completions, value=returned: value)
+        monkeypatch.setitem(common.REWARDS, "r", lambda completions, value=returned: value)
         with pytest.raises(SystemExit, match=r"reward r: (raised TypeError|returned '1')"):
             scores_of("r")
     for returned in (np.ones(2), torch.ones(2), (1.0, 1.0)):
-        monkeypatch.setitem(builtin_rewards.REWARDS, "r", lambda completions, value=returned: value)
+        monkeypatch.setitem(common.REWARDS, "r", lambda completions, value=returned: value)
         assert scores_of("r") == [1.0, 1.0]
 
 
@@ -231,7 +231,7 @@ def test_a_reward_changes_nobodys_data(monkeypatch):
         return [1.0] * len(prompts)
 
     for name in ("first", "second"):
-        monkeypatch.setitem(builtin_rewards.REWARDS, name, greedy)
+        monkeypatch.setitem(common.REWARDS, name, greedy)
     row = {"prompt": [{"role": "user", "content": "q"}], "tags": ["t"]}
     score, ids = common.load_reward(("first", "second"), (), [row]), [[1], [2]]
     for _ in range(2):  # two samples of one prompt, two rewards, twice
@@ -250,7 +250,7 @@ def test_asynchronous_rewards_wait_together_on_one_loop_also_in_a_notebook(monke
         return [1.0] * len(completions)
 
     for name in ("first", "second"):
-        monkeypatch.setitem(builtin_rewards.REWARDS, name, partial(judge, other=name))
+        monkeypatch.setitem(common.REWARDS, name, partial(judge, other=name))
     score = common.load_reward(("first", "second"), ())
     assert score(ROWS, TEXTS)[0].tolist() == [2.0, 2.0]
 
@@ -263,7 +263,7 @@ def test_asynchronous_rewards_wait_together_on_one_loop_also_in_a_notebook(monke
     async def broken(completions):
         raise ConnectionError("the judge is down")
 
-    monkeypatch.setitem(builtin_rewards.REWARDS, "broken", broken)
+    monkeypatch.setitem(common.REWARDS, "broken", broken)
     with pytest.raises(SystemExit, match=r"reward broken: raised ConnectionError\('the judge is down'\) in .*, line"):
         scores_of("broken")
 
@@ -276,7 +276,7 @@ def test_a_reward_runs_in_the_main_thread_and_in_full_precision(tmp_path, monkey
         seen.append((threading.current_thread(), (torch.ones(1, 1) @ torch.ones(1, 1)).dtype))
         return [1.0] * len(prompts)
 
-    monkeypatch.setitem(builtin_rewards.REWARDS, "reward", reward)
+    monkeypatch.setitem(common.REWARDS, "reward", reward)
     small = {"num_steps": 1, "prompts_per_step": 2, "samples_per_prompt": 2, "eval_prompts": 2, "dtype": "bfloat16"}
     grpo.main(grpo.Args(reward=("reward",), output_dir=str(tmp_path / "run"), **small))
     assert seen == [(threading.main_thread(), torch.float32)] * 3
@@ -294,7 +294,7 @@ def test_completion_ids_are_the_kept_tokens(tmp_path, monkeypatch):
         seen.append(len(prompts))
         return [1.0] * len(prompts)
 
-    monkeypatch.setitem(builtin_rewards.REWARDS, "judge", judge)
+    monkeypatch.setitem(common.REWARDS, "judge", judge)
     small = {"num_steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4, "eval_prompts": 3, "temperature": 3.0}
     grpo.main(grpo.Args(reward=("judge",), output_dir=str(tmp_path / "run"), **small))
     assert sum(seen) == 16 + 2 * 3
