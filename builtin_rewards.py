@@ -77,7 +77,7 @@ def math_reward(completions: list, answer: list, **columns: list) -> list[float 
 def format_reward(completions: list, **columns: list) -> list[float]:
     """1.0 where the completion's last line is a number and nothing else, with "####" before it or not."""
     lines = [text_of(completion).strip().rpartition("\n")[2] for completion in completions]
-    return [float(re.fullmatch(r"(?:#### ?)?-?[\d,]+(?:\.\d+)?", line) is not None) for line in lines]
+    return [float(re.fullmatch(r"(?:#### ?)?-?\d[\d,]*(?:\.\d+)?", line) is not None) for line in lines]
 
 
 def length_reward(completions: list, **columns: list) -> list[float]:

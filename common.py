@@ -281,8 +281,8 @@ def load_reference(args, model, device: torch.device):
 
 def shares_prompts(trunk) -> bool:
     """Whether gradients can flow through a prompt's KV cache: not if layers run twice, or write it in place."""
-    kinds = getattr(trunk.config, "layer_types", None) or ()
-    return not getattr(trunk, "recomputes", False) and not {"linear_attention", "hybrid"} & set(kinds)
+    kinds = getattr(trunk.config.get_text_config(), "layer_types", None) or ()
+    return not getattr(trunk, "recomputes", False) and not {"linear_attention", "hybrid", "hybrid_sliding"} & set(kinds)
 
 
 def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
@@ -571,8 +571,10 @@ def call_rewards(functions: dict[str, Callable], rows: list[dict], texts: list[s
             everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
             values[name] = function(**{key: given[key] for key in given if everything or key in taken})
         if waiting := {name: value for name, value in values.items() if inspect.isawaitable(value)}:
+            name = ", ".join(waiting)
             values |= zip(waiting, THREAD.submit(LOOP.run_until_complete, together(waiting.values())).result())
-        values = {name: list(value) for name, value in values.items()}
+        for name in functions:
+            values[name] = list(values[name])
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise SystemExit(f"reward {name}: raised {error!r} in {last.filename}, line {last.lineno}") from error

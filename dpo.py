@@ -144,7 +144,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
     attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)  # [B, P+T]
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     P = prompt_ids.shape[1]
-    alone = completion_ids.shape[1] == 0 or 2 * len(prompts) > len(prompt_ids)
+    alone = completion_ids.shape[1] == 0 or 2 * len(prompts) > len(prompt_ids)  # fewer than two rows a prompt
     if common.anywhere(alone or not common.shares_prompts(model.base_model)):
         input_ids = torch.cat([prompt_ids, completion_ids], 1)
         output = trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
@@ -165,7 +165,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     No logits are made of prompts or padding, and no more than 2**24 logits at a time.
     """
     width = int(completion_mask.sum(1).max().clamp(min=1))
-    completion = completion_ids[:, : width - 1], completion_mask[:, : width - 1]
+    completion = completion_ids[:, : width - 1], completion_mask[:, : width - 1]  # the last token is a target only
     hidden = hidden_states(model, prompt_ids, prompt_mask, *completion)  # [B, width, H]
     kept = completion_mask > 0  # [B, T]: the state at t predicts token t
     hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]
@@ -206,7 +206,8 @@ def to_pair(row):
     if shared[: len(start)] == start and not (texts and re.fullmatch(r"\w*", start)):  # a single word may be chance
         chosen, rejected = chosen[len(start) :], rejected[len(start) :]
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if "\n\nHuman:" in answer if texts else [turn["role"] for turn in answer] != ["assistant"]:
+        single = "\n\nHuman:" not in answer if texts else [turn["role"] for turn in answer] == ["assistant"]
+        if not single:
             raise ValueError(f'"{name}" is not one answer of the assistant to "prompt"; move all turns before it there')
     return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -217,7 +218,7 @@ def tokenize(model, tokenizer, rows, args):
     for row in rows:
         prompt, stop_ids = common.prompt_tokens(tokenizer, row), model.generation_config.eos_token_id
         both = [common.completion_tokens(tokenizer, row, row[x], stop_ids) for x in ("chosen", "rejected")]
-        common.check_ids(model, tokenizer, sum(both, prompt))
+        common.check_ids(model, tokenizer, prompt + both[0] + both[1])
         chosen, rejected = (completion[: max(0, longest - len(prompt))] for completion in both)
         examples += [((prompt, chosen), (prompt, rejected))] if chosen and rejected and chosen != rejected else []
     if len(examples) < len(rows):
@@ -244,11 +245,11 @@ def reference_logprobs(model, examples, args):
     if args.loss_type == "simpo":
         return table.zero_()
     for step in range(1, min(args.num_steps, math.ceil(len(examples) / args.prompts_per_step)) + 1):
-        numbers, pairs = zip(*common.take_batch(examples, step, args))
-        micros = zip(*(x.split(args.micro_batch_size) for x in collate(sum(pairs, ()), model.device)))
+        indices, pairs = zip(*common.take_batch(examples, step, args))
+        micros = zip(*(x.split(args.micro_batch_size) for x in collate(list(itertools.chain(*pairs)), model.device)))
         with common.autocast(args):
             logps = [sequence_logprobs(token_logprobs(model, *m), m[-1], loss_type=args.loss_type) for m in micros]
-        table[list(numbers)] = torch.cat(logps).view(-1, 2)
+        table[list(indices)] = torch.cat(logps).view(-1, 2)
     return common.total(table, torch.distributed.ReduceOp.MAX)  # each process had a share; later it gets other rows
 
 
@@ -278,8 +279,8 @@ def dpo_loss(
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """First rewards [n] of greedy completions of this process's held-out prompts; their mean is the accuracy."""
-    texts, ids, rows, size = [], [], common.share(rows), args.prompts_per_step // common.WORLD_SIZE
-    size *= getattr(args, "samples_per_prompt", 1)  # as many sequences as in a rollout
+    texts, ids, rows = [], [], common.share(rows)
+    size = args.prompts_per_step // common.WORLD_SIZE * getattr(args, "samples_per_prompt", 1)  # as in a rollout
     with common.autocast(args), common.gathered(model):
         for start in range(0, len(rows), size):
             prompts = common.prompt_batch(tokenizer, rows[start : start + size], model.device)
@@ -314,11 +315,11 @@ def main(args: Args) -> dict[str, float]:
         run.log(0, {"eval/accuracy": evaluate(run, 0, model, tokenizer, eval_rows, score, args)})
     for step in run.steps():
         # 1. pairs: B = 2 N sequences of P prompt and T completion tokens, each chosen one before its rejected one
-        numbers, pairs = zip(*common.take_batch(examples, step, args))
-        batch = collate(sum(pairs, ()), device)
+        indices, pairs = zip(*common.take_batch(examples, step, args))
+        batch = collate(list(itertools.chain(*pairs)), device)
         completion_mask = batch[-1]  # [B, T]
         lengths = completion_mask.sum(1)  # [B]
-        ref_logps = all_ref_logps[list(numbers)]  # [N, 2]
+        ref_logps = all_ref_logps[list(indices)]  # [N, 2]
 
         # 2. update: one optimizer step on the whole batch
         decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
@@ -326,16 +327,16 @@ def main(args: Args) -> dict[str, float]:
         stats = defaultdict(float)
         logps = torch.zeros_like(ref_logps)  # [N, 2]
         order = lengths.view(-1, 2).amax(1).argsort(stable=True)  # [N]; micro-batches then hold little padding
-        for some in order.split(args.micro_batch_size // 2):  # [n] pairs
-            micro = torch.stack([2 * some, 2 * some + 1], 1).flatten()  # [b]
+        for part in order.split(args.micro_batch_size // 2):  # [n] pairs
+            micro = torch.stack([2 * part, 2 * part + 1], 1).flatten()  # [b]
             inputs, mask = [x[micro] for x in batch], completion_mask[micro]
             with autocast:
                 logprobs = token_logprobs(model, *inputs)  # [b, T]
-            sums = sequence_logprobs(logprobs, mask, loss_type=args.loss_type).view(-1, 2)  # [n, 2]
-            losses = dpo_loss(*sums.unbind(1), *ref_logps[some].unbind(1), **loss_settings)  # [n]
+            new_logps = sequence_logprobs(logprobs, mask, loss_type=args.loss_type).view(-1, 2)  # [n, 2]
+            losses = dpo_loss(*new_logps.unbind(1), *ref_logps[part].unbind(1), **loss_settings)  # [n]
             loss = losses.sum() / args.prompts_per_step
             loss.backward()
-            logps[some] = sums.detach()
+            logps[part] = new_logps.detach()
             stats["loss/dpo"] += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         stats["grad_norm"] += run.check_finite(step, norm)

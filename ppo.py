@@ -136,7 +136,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
     attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)  # [B, P+T]
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     P = prompt_ids.shape[1]
-    alone = completion_ids.shape[1] == 0 or 2 * len(prompts) > len(prompt_ids)
+    alone = completion_ids.shape[1] == 0 or 2 * len(prompts) > len(prompt_ids)  # fewer than two rows a prompt
     if common.anywhere(alone or not common.shares_prompts(model.base_model)):
         input_ids = torch.cat([prompt_ids, completion_ids], 1)
         output = trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
@@ -157,7 +157,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     No logits are made of prompts or padding, and no more than 2**24 logits at a time.
     """
     width = int(completion_mask.sum(1).max().clamp(min=1))
-    completion = completion_ids[:, : width - 1], completion_mask[:, : width - 1]
+    completion = completion_ids[:, : width - 1], completion_mask[:, : width - 1]  # the last token is a target only
     hidden = hidden_states(model, prompt_ids, prompt_mask, *completion)  # [B, width, H]
     kept = completion_mask > 0  # [B, T]: the state at t predicts token t
     hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]
@@ -239,8 +239,8 @@ def value_loss(values, old_values, returns, completion_mask, *, value_clip_range
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """First rewards [n] of greedy completions of this process's held-out prompts; their mean is the accuracy."""
-    texts, ids, rows, size = [], [], common.share(rows), args.prompts_per_step // common.WORLD_SIZE
-    size *= getattr(args, "samples_per_prompt", 1)  # as many sequences as in a rollout
+    texts, ids, rows = [], [], common.share(rows)
+    size = args.prompts_per_step // common.WORLD_SIZE * getattr(args, "samples_per_prompt", 1)  # as in a rollout
     with common.autocast(args), common.gathered(model):
         for start in range(0, len(rows), size):
             prompts = common.prompt_batch(tokenizer, rows[start : start + size], model.device)
@@ -264,10 +264,10 @@ def main(args: Args) -> dict[str, float]:
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     ref_model = common.load_reference(args, model, device) if args.beta else None
     value_model = ValueModel(common.load_model(args.model, device, train=args, sharded=False)[0])
-    value_model = common.shard(value_model, device)
+    value_model = common.shard(value_model, device)  # only now, with its head
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    value_optimizer = torch.optim.AdamW(value_model.parameters(), weight_decay=0.0, fused=True)
-    G = args.samples_per_prompt
+    value_optimizer = torch.optim.AdamW(value_model.parameters(), weight_decay=0.0, fused=True)  # each step sets lr
+    G, eps = args.samples_per_prompt, args.clip_range
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
 
     run.start(model=(model, optimizer), value_model=(value_model, value_optimizer))
@@ -294,7 +294,7 @@ def main(args: Args) -> dict[str, float]:
         # 3. log-probs and values that the update starts from; the reward and the advantage of each token
         with torch.no_grad(), autocast:
             old_logprobs = batch_logprobs(model, batch, args)  # [B, T]; not the sampler's, whose rounding differs
-            ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else sampled_logprobs  # [B, T]
+            ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else old_logprobs  # [B, T]
             micros = zip(*(x.split(args.micro_batch_size) for x in batch))
             values = torch.cat([value_model(*micro) for micro in micros])  # [B, T+1]
         token_rewards = -args.beta * (old_logprobs - ref_logprobs) * completion_mask  # [B, T]
@@ -309,7 +309,7 @@ def main(args: Args) -> dict[str, float]:
         decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         value_optimizer.param_groups[0]["lr"] = args.value_learning_rate * decay
-        stats, measured, updates = defaultdict(float), 0, 0
+        stats, measured, updates = defaultdict(float), 0, 0  # minibatches whose KL was measured; optimizer steps made
         longest = lengths.view(-1, G).amax(1).cpu()  # [N]
         minibatches = [m for _ in range(args.num_epochs) for m in torch.randperm(len(rows)).chunk(args.num_minibatches)]
         for prompts in minibatches:
@@ -317,25 +317,24 @@ def main(args: Args) -> dict[str, float]:
             prompts = prompts[longest[prompts].argsort(stable=True)]  # micro-batches then hold little padding
             minibatch = (prompts[:, None] * G + torch.arange(G)).flatten().to(device)  # a prompt's rows together
             tokens = common.total(completion_mask[minibatch].sum()).clamp(min=1)
-            kl_before = stats["kl/old"] + 0.0  # a copy
+            kl_before = stats["kl/old"] + 0.0  # a new tensor, as += below changes the old one
             for micro in minibatch.split(args.micro_batch_size):
                 inputs, mask, old = [x[micro] for x in batch], completion_mask[micro], old_logprobs[micro]
                 with autocast:
                     logprobs = token_logprobs(model, *inputs, temperature=args.temperature)  # [b, T]
-                clip = {"clip_range": args.clip_range, "normalizer": tokens}
-                loss = policy_loss(logprobs, old, advantages[micro], mask, **clip)
+                loss = policy_loss(logprobs, old, advantages[micro], mask, clip_range=eps, normalizer=tokens)
                 loss.backward()
                 with autocast:  # after the policy's backward pass: activations of one model at a time
                     values = value_model(*inputs)[:, :-1]  # [b, T]
-                clip = {"value_clip_range": args.value_clip_range, "normalizer": tokens}
-                loss_v = value_loss(values, old_values[micro], returns[micro], mask, **clip)
+                settings = {"value_clip_range": args.value_clip_range, "normalizer": tokens}
+                loss_v = value_loss(values, old_values[micro], returns[micro], mask, **settings)
                 loss_v.backward()
                 ratio = (logprobs.detach() - old).clamp(-20, 20).exp()
-                clipped = (ratio < 1 - args.clip_range) | (ratio > 1 + args.clip_range)
+                clipped = (ratio < 1 - eps) | (ratio > 1 + eps)
                 stats["loss/policy"] += loss.detach()
                 stats["loss/value"] += loss_v.detach()
                 stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
-                stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens
+                stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens  # k3 of KL(pi_old || pi)
             if args.target_kl and common.total(stats["kl/old"] - kl_before) > args.target_kl:
                 optimizer.zero_grad()
                 value_optimizer.zero_grad()

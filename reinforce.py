@@ -128,7 +128,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
     attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)  # [B, P+T]
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     P = prompt_ids.shape[1]
-    alone = completion_ids.shape[1] == 0 or 2 * len(prompts) > len(prompt_ids)
+    alone = completion_ids.shape[1] == 0 or 2 * len(prompts) > len(prompt_ids)  # fewer than two rows a prompt
     if common.anywhere(alone or not common.shares_prompts(model.base_model)):
         input_ids = torch.cat([prompt_ids, completion_ids], 1)
         output = trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
@@ -149,7 +149,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
     No logits are made of prompts or padding, and no more than 2**24 logits at a time.
     """
     width = int(completion_mask.sum(1).max().clamp(min=1))
-    completion = completion_ids[:, : width - 1], completion_mask[:, : width - 1]
+    completion = completion_ids[:, : width - 1], completion_mask[:, : width - 1]  # the last token is a target only
     hidden = hidden_states(model, prompt_ids, prompt_mask, *completion)  # [B, width, H]
     kept = completion_mask > 0  # [B, T]: the state at t predicts token t
     hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]
@@ -192,8 +192,8 @@ def policy_loss(logprobs, advantages, completion_mask, *, normalizer):
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """First rewards [n] of greedy completions of this process's held-out prompts; their mean is the accuracy."""
-    texts, ids, rows, size = [], [], common.share(rows), args.prompts_per_step // common.WORLD_SIZE
-    size *= getattr(args, "samples_per_prompt", 1)  # as many sequences as in a rollout
+    texts, ids, rows = [], [], common.share(rows)
+    size = args.prompts_per_step // common.WORLD_SIZE * getattr(args, "samples_per_prompt", 1)  # as in a rollout
     with common.autocast(args), common.gathered(model):
         for start in range(0, len(rows), size):
             prompts = common.prompt_batch(tokenizer, rows[start : start + size], model.device)

@@ -9,7 +9,7 @@ python benchmarks/peers.py --model PATH --only grpo grpo-kl   another model: 2 p
 python benchmarks/peers.py --model PATH --device cuda ...     on a GPU, in bfloat16: 8 prompts x 8 samples x 64 tokens
 
 The same model, data, completions a step, completion length, optimizer (AdamW, no weight decay), float32, micro-batch
-size and threads; no gradient checkpointing; DPO's reference is computed at each step. PPO has 64 completions a step,
+size and threads; no gradient checkpointing; DPO's reference is computed before. PPO has 64 completions a step,
 ours of 8 prompts, TRL's of 64, as it takes one of each; its reward is a random model's, so it has no accuracy. Each run
 is a process of its own. The seconds of a step are the median over the steps after the fifth of a run, then over the
 rounds; the ratios are of runs that stand next to each other; scoring counts as update. Memory is the process' highest
@@ -92,8 +92,6 @@ def ours(name, model, device):
         args.beta = 0.0
     if name == "grpo-kl":
         args.beta = 0.04
-    if name == "dpo":
-        args.reference = "live"
     if name == "ppo":
         args.num_epochs, args.num_minibatches = 4, 1
     if model != "models/arithmetic":
@@ -180,7 +178,7 @@ def trls(name, model, device):
         args = trl.SFTConfig(**common_settings, max_length=512)
         trainer = trl.SFTTrainer(start_model, args=args, train_dataset=data, processing_class=tokenizer)
     elif name == "dpo":
-        args = trl.DPOConfig(**common_settings, beta=0.1, max_length=512, precompute_ref_log_probs=False)
+        args = trl.DPOConfig(**common_settings, beta=0.1, max_length=512, precompute_ref_log_probs=True)
         trainer = trl.DPOTrainer(start_model, args=args, train_dataset=data, processing_class=tokenizer)
     elif name == "ppo":
         from trl.experimental import ppo

@@ -11,6 +11,7 @@ writes table.md, completions.md and curves.png; docs/results.md shows what came 
 """
 
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,30 +21,31 @@ import tyro
 from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
-SAMPLED = "--data {data}/train.jsonl --prompts-per-step {prompts} --samples-per-prompt {samples}"
+SAMPLED = "--data {data}/train.jsonl --prompts-per-step {prompts} --samples-per-prompt {samples} --micro-batch-size 256"
+ADAM = "--learning-rate 2e-5 --warmup-steps 5"
 RUNS = {  # name: script and flags, or another run and what it has besides; the first run is where the others start
-    "warm-up": "sft --num-steps {warm_steps} --learning-rate 5e-5 --warmup-steps 2",
-    "sft": "sft --data {data}/demonstrations.jsonl --prompts-per-step 32 --learning-rate 3e-5",
+    "warm-up": "sft --num-steps {warm_steps} --eval-every 10 --learning-rate 5e-5 --warmup-steps 2",
+    "sft": "sft --data {data}/demonstrations.jsonl --prompts-per-step 32 --learning-rate 2e-5 {longer}",
     "random": "rejection_sampling --strategy random",
-    "rejection_sampling": f"rejection_sampling {SAMPLED} --learning-rate 2e-5",
-    "reinforce": f"reinforce {SAMPLED} --learning-rate 1e-5",
-    "grpo": f"grpo {SAMPLED} --learning-rate 1e-5",
-    "ppo": f"ppo {SAMPLED} --learning-rate 1e-5 --value-learning-rate 3e-5 --num-epochs 1 --beta 0.01",
+    "rejection_sampling": f"rejection_sampling {SAMPLED} {ADAM}",
+    "reinforce": f"reinforce {SAMPLED} {ADAM}",
+    "grpo": f"grpo {SAMPLED} {ADAM} --beta 0",
+    "ppo": f"ppo {SAMPLED} {ADAM} --beta 0 --value-learning-rate 1e-4 --num-epochs 1",
     "trpo": f"trpo {SAMPLED} --max-kl 0.01",
-    "dpo": "dpo --data {data}/pairs.jsonl --prompts-per-step {prompts} --learning-rate 5e-6",
-    "grape": f"grape {SAMPLED} --learning-rate 1e-5 --rubric {{rubric}} --critic-model {{model}}",
+    "dpo": "dpo --data {data}/pairs.jsonl --prompts-per-step {prompts} --learning-rate 5e-6 --warmup-steps 5",
+    "grape": f"grape {SAMPLED} {ADAM} --beta 0 --rubric {{rubric}} --critic-model {{model}}",
     "grape-no-confidence": "grape --confidence-scope none",
     "grape-no-std": "grape --scale none",
-    "grpo-too-fast": "grpo --learning-rate 2e-4",
-    "grpo-too-often": "grpo --num-epochs 8 --beta 0 --learning-rate 5e-5",
+    "grpo-too-fast": "grpo --learning-rate 2e-4 --warmup-steps 0",
+    "grpo-too-often": "grpo --num-epochs 8",
     "reinforce-2": "reinforce --seed 2",
     "grpo-2": "grpo --seed 2",
     "ppo-2": "ppo --seed 2",
 }
-PANELS = {
-    "held-out accuracy, greedy": ("eval/accuracy", "sft random rejection_sampling reinforce grpo ppo trpo dpo grape"),
-    "mean reward of the samples": ("reward/mean", "random rejection_sampling reinforce grpo ppo trpo"),
-    "settings that break it": ("eval/accuracy", "grpo grpo-too-fast grpo-too-often"),
+PANELS = {  # title: what along x, runs
+    "held-out accuracy, greedy": ("minutes", "sft random rejection_sampling reinforce grpo ppo trpo dpo grape"),
+    "of those that sample": ("completions", "random rejection_sampling reinforce grpo ppo trpo grape"),
+    "settings that break it": ("completions", "grpo grpo-too-fast grpo-too-often"),
 }
 
 
@@ -51,7 +53,7 @@ PANELS = {
 class Args:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # folder or hub id
     output_dir: Path = Path("runs/real")  # for data, runs, table.md, completions.md and curves.png
-    num_steps: int = 40  # steps of each run after the warm-up
+    num_steps: int = 60  # steps of each run after the warm-up; of sft.py three times as many, as its steps are short
     only: tuple[str, ...] = ()  # names of runs; all of them without it
     quick: bool = False  # two small steps each, to see that everything runs
 
@@ -72,6 +74,12 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def minutes_of(rows: list[dict]) -> float:
+    """Of a step: the median, which another process beside it moves least; without evaluations."""
+    parts = [[row.get(f"time/{part}", 0) for part in ("rollout", "score", "update")] for row in rows if row["step"]]
+    return statistics.median(map(sum, parts)) / 60
+
+
 def table(out: Path, names: list[str], sequences: int, problems: int) -> str:
     lines = ["| run | before | after | best | completions | tokens | minutes | GB |", "|" + "---|" * 8]
     for name in names:
@@ -81,7 +89,7 @@ def table(out: Path, names: list[str], sequences: int, problems: int) -> str:
         lengths = [row["completion/length"] for row in rows if "time/rollout" in row]
         drawn = f"{len(lengths) * sequences:,} | {sum(lengths) * sequences:,.0f}" if lengths else "none | none"
         result = f"{accuracy[0]:.3f} | {accuracy[-1]:.3f} ± {error:.3f} | {max(accuracy):.3f}"
-        memory, minutes = max(row["memory/peak"] for row in rows), rows[-1]["time/total"] / 60
+        memory, minutes = max(row["memory/peak"] for row in rows), minutes_of(rows) * rows[-1]["step"]
         lines.append(f"| {name} | {result} | {drawn} | {minutes:.1f} | {memory:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -106,13 +114,13 @@ def draw(out: Path, names: list[str], sequences: int) -> None:
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.2), constrained_layout=True)
     colours = dict(zip(RUNS, plt.get_cmap("tab20").colors))
-    for axis, (title, (metric, runs)) in zip(axes, PANELS.items()):
+    for axis, (title, (unit, runs)) in zip(axes, PANELS.items()):
         for name in [name for name in runs.split() if name in names]:
             rows = read(out / name / "metrics.jsonl")
-            points = [(row["step"] * sequences, row[metric]) for row in rows if metric in row]
-            style = {"marker": "o", "markersize": 3} if metric == "eval/accuracy" else {"linewidth": 1}
-            axis.plot(*zip(*points), label=name, color=colours[name], **style)
-        axis.set(title=title, xlabel=f"completions ({sequences} a step)", ylim=(0, 1))
+            scale = minutes_of(rows) if unit == "minutes" else sequences
+            points = [(row["step"] * scale, row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
+            axis.plot(*zip(*points), label=name, color=colours[name], marker="o", markersize=3)
+        axis.set(title=title, xlabel=unit, ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(out / "curves.png", dpi=110)
@@ -123,21 +131,13 @@ def main(args: Args) -> None:
         raise SystemExit(f"--only: {', '.join(sorted(unknown))}: not among {', '.join(RUNS)}")
     names = [name for name in RUNS if not args.only or name in ("warm-up", *args.only)]
     out, data = args.output_dir, args.output_dir / "data"
-    prompts, samples, steps, problems = (4, 2, 2, 8) if args.quick else (16, 8, args.num_steps, 500)
+    prompts, samples, steps, problems = (4, 2, 2, 8) if args.quick else (32, 8, args.num_steps, 500)
     warm_steps, pairs, every = (2, 16, 1) if args.quick else (20, 768, 10)
     places = {"data": data, "model": args.model, "rubric": HERE.parent / "rubrics" / "chain_sum.json"}
-    sizes = {"prompts": prompts, "samples": samples, "warm_steps": warm_steps}
+    longer = f"--num-steps {3 * steps} --eval-every {3 * every}"
+    sizes = {"prompts": prompts, "samples": samples, "warm_steps": warm_steps, "longer": longer}
     reward = ["--reward", f"{HERE / 'chain_sum.py'}:solved", "--max-new-tokens", 6]
-    evaluation = [
-        "--eval-data",
-        data / "test.jsonl",
-        "--eval-prompts",
-        problems,
-        "--eval-every",
-        every,
-        "--save-every",
-        5,
-    ]
+    evaluation = f"--eval-data {data}/test.jsonl --eval-prompts {problems} --eval-every {every} --save-every 20".split()
 
     if not (data / "train.jsonl").exists():
         chat = ["--chat"] if AutoTokenizer.from_pretrained(args.model).chat_template else []
@@ -151,20 +151,9 @@ def main(args: Args) -> None:
             python(HERE / "pairs.py", *made, "--prompts", pairs, "--prompts-per-batch", prompts)
             (data / "pairs.part").rename(data / "pairs.jsonl")
         begun = ["--resume", run] if (run / "args.json").exists() else []
-        settings = [
-            "--model",
-            start,
-            "--num-steps",
-            steps,
-            *reward,
-            *evaluation,
-            "--output-dir",
-            run,
-            "--save-every",
-            5,
-        ]
+        settings = ["--model", start, "--num-steps", steps, *reward, *evaluation, *flags, "--output-dir", run]
         if not (run / "model").exists():
-            python(HERE.parent / f"{script}.py", *(begun or [*settings, *reward, *evaluation, *flags]))
+            python(HERE.parent / f"{script}.py", *(begun or settings))
     (out / "table.md").write_text(table(out, names, prompts * samples, problems), encoding="utf-8")
     (out / "completions.md").write_text(completions(out, names), encoding="utf-8")
     print((out / "table.md").read_text(encoding="utf-8"))

@@ -284,8 +284,8 @@ MUTATIONS = [
         "A13, D7",
         "and whitening is over the whole rollout.",
         "ppo.py",
-        "policy_loss(logprobs, old, advantages[micro], mask, **clip)",
-        "policy_loss(logprobs, old, whiten(advantages[micro], mask), mask, **clip)",
+        "policy_loss(logprobs, old, advantages[micro], mask, clip",
+        "policy_loss(logprobs, old, whiten(advantages[micro], mask), mask, clip",
         UPDATE + "ppo",
     ),
     Mutation(
@@ -486,8 +486,8 @@ MUTATIONS = [
         "C8",
         "Old log-probs stay those of the rollout over all its updates.",
         "ppo.py",
-        "policy_loss(logprobs, old, advantages[micro], mask, **clip)",
-        "policy_loss(logprobs, logprobs.detach(), advantages[micro], mask, **clip)",
+        "policy_loss(logprobs, old, advantages[micro], mask, clip",
+        "policy_loss(logprobs, logprobs.detach(), advantages[micro], mask, clip",
         UPDATE + "ppo",
     ),
     Mutation(
@@ -519,7 +519,8 @@ MUTATIONS = [
         "The KL counts once: in the loss and not in the reward too.",
         "grpo.py",
         "compute_advantages(rewards - overlong,",
-        "compute_advantages(rewards - overlong - args.beta * kl.sum(1),",
+        "compute_advantages(rewards - overlong\n"
+        "            - args.beta * ((sampled_logprobs - ref_logprobs) * completion_mask).sum(1),",
         UPDATE + "grpo",
     ),
     Mutation(
@@ -544,7 +545,7 @@ MUTATIONS = [
         "The score is on the stop token, not one slot after it.",
         "ppo.py",
         "scatter_add_(1, lengths.long()[:, None] - 1,",
-        "scatter_add_(1, lengths.long()[:, None].clamp(max=kl.shape[1] - 1),",
+        "scatter_add_(1, lengths.long()[:, None].clamp(max=token_rewards.shape[1] - 1),",
         UPDATE + "ppo",
     ),
     Mutation(
@@ -737,8 +738,8 @@ MUTATIONS = [
         "E4",
         "The reference is the starting model,",
         "dpo.py",
-        "all_ref_logps[list(numbers)]",
-        "reference_logprobs(model, examples, args)[list(numbers)]",
+        "all_ref_logps[list(indices)]",
+        "reference_logprobs(model, examples, args)[list(indices)]",
         UPDATE + "dpo",
     ),
     Mutation(
@@ -1424,7 +1425,8 @@ def outcome(folder: Path, *tests: str) -> int:
     """pytest's exit status for these tests in a copy of the repository."""
     paths = [f"tests/{test}" for test in tests]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *paths]
-    return subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return -1 if "NameError: " in done.stdout else done.returncode  # an edit that is no code springs nothing
 
 
 def spring(mutation: Mutation, folder: Path) -> bool:
