@@ -4,7 +4,7 @@ python -m pip install reasoning-gym matplotlib
 python benchmarks/real.py
 python benchmarks/real.py --model Qwen/Qwen2.5-0.5B-Instruct --output-dir runs/real-qwen --num-steps 100
 
-Makes the data (benchmarks/chain_sum.py), warms the model up with sft.py on 256 demonstrations, and from that one start
+Makes the data (benchmarks/additions.py), warms the model up with sft.py on 256 demonstrations, and from that one start
 trains the other seven on other prompts. Two controls: sft.py on the same demonstrations for longer, and
 rejection_sampling.py on samples taken at random. What is done is skipped, what was cut off goes on. In the end it
 writes table.md, completions.md and curves.png; docs/results.md shows what came out.
@@ -22,21 +22,21 @@ from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
 SAMPLED = "--data {data}/train.jsonl --prompts-per-step {prompts} --samples-per-prompt {samples} --micro-batch-size 256"
-ADAM = "--learning-rate 2e-5 --warmup-steps 5"
+ADAM = "--learning-rate 1e-5 --warmup-steps 5"
 RUNS = {  # name: script and flags, or another run and what it has besides; the first run is where the others start
-    "warm-up": "sft --num-steps {warm_steps} --eval-every 10 --learning-rate 5e-5 --warmup-steps 2",
+    "warm-up": "sft --num-steps {warm_steps} --eval-every 4 --learning-rate 5e-5",
     "sft": "sft --data {data}/demonstrations.jsonl --prompts-per-step 32 --learning-rate 2e-5 {longer}",
     "random": "rejection_sampling --strategy random",
-    "rejection_sampling": f"rejection_sampling {SAMPLED} {ADAM}",
+    "rejection_sampling": f"rejection_sampling {SAMPLED} --learning-rate 2e-5 --warmup-steps 5",
     "reinforce": f"reinforce {SAMPLED} {ADAM}",
     "grpo": f"grpo {SAMPLED} {ADAM} --beta 0",
-    "ppo": f"ppo {SAMPLED} {ADAM} --beta 0 --value-learning-rate 1e-4 --num-epochs 1",
+    "ppo": f"ppo {SAMPLED} {ADAM} --beta 0 --value-learning-rate 5e-5 --num-epochs 1",
     "trpo": f"trpo {SAMPLED} --max-kl 0.01",
     "dpo": "dpo --data {data}/pairs.jsonl --prompts-per-step {prompts} --learning-rate 5e-6 --warmup-steps 5",
     "grape": f"grape {SAMPLED} {ADAM} --beta 0 --rubric {{rubric}} --critic-model {{model}}",
     "grape-no-confidence": "grape --confidence-scope none",
     "grape-no-std": "grape --scale none",
-    "grpo-too-fast": "grpo --learning-rate 2e-4 --warmup-steps 0",
+    "grpo-too-fast": "grpo --learning-rate 2e-4",
     "grpo-too-often": "grpo --num-epochs 8",
     "reinforce-2": "reinforce --seed 2",
     "grpo-2": "grpo --seed 2",
@@ -53,7 +53,7 @@ PANELS = {  # title: what along x, runs
 class Args:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # folder or hub id
     output_dir: Path = Path("runs/real")  # for data, runs, table.md, completions.md and curves.png
-    num_steps: int = 60  # steps of each run after the warm-up; of sft.py three times as many, as its steps are short
+    num_steps: int = 40  # steps of each run after the warm-up; of sft.py three times as many, as its steps are short
     only: tuple[str, ...] = ()  # names of runs; all of them without it
     quick: bool = False  # two small steps each, to see that everything runs
 
@@ -132,16 +132,16 @@ def main(args: Args) -> None:
     names = [name for name in RUNS if not args.only or name in ("warm-up", *args.only)]
     out, data = args.output_dir, args.output_dir / "data"
     prompts, samples, steps, problems = (4, 2, 2, 8) if args.quick else (32, 8, args.num_steps, 500)
-    warm_steps, pairs, every = (2, 16, 1) if args.quick else (20, 768, 10)
-    places = {"data": data, "model": args.model, "rubric": HERE.parent / "rubrics" / "chain_sum.json"}
+    warm_steps, pairs, every = (2, 16, 1) if args.quick else (8, 768, 10)
+    places = {"data": data, "model": args.model, "rubric": HERE.parent / "rubrics" / "additions.json"}
     longer = f"--num-steps {3 * steps} --eval-every {3 * every}"
     sizes = {"prompts": prompts, "samples": samples, "warm_steps": warm_steps, "longer": longer}
-    reward = ["--reward", f"{HERE / 'chain_sum.py'}:solved", "--max-new-tokens", 6]
+    reward = ["--reward", f"{HERE / 'additions.py'}:solved", "--max-new-tokens", 6]
     evaluation = f"--eval-data {data}/test.jsonl --eval-prompts {problems} --eval-every {every} --save-every 20".split()
 
     if not (data / "train.jsonl").exists():
         chat = ["--chat"] if AutoTokenizer.from_pretrained(args.model).chat_template else []
-        python(HERE / "chain_sum.py", data, *chat)
+        python(HERE / "additions.py", data, *chat)
     for name in names:
         run, start = out / name, args.model if name == "warm-up" else out / "warm-up" / "model"
         script, *flags = flags_of(name).format(**places, **sizes).split()

@@ -1,7 +1,7 @@
-"""reasoning-gym's chain_sum as data and rewards: sums and differences of two numbers of one or two digits.
+"""reasoning-gym's basic_arithmetic as data and rewards: sums of two numbers of one or two digits.
 
 python -m pip install reasoning-gym
-python benchmarks/chain_sum.py FOLDER [--chat]
+python benchmarks/additions.py FOLDER [--chat]
 
 writes demonstrations.jsonl (256 rows), train.jsonl and test.jsonl (500 rows). No problem is in two of them. With --chat
 prompts are messages, with a short system turn in place of the long one that some chat templates add.
@@ -17,7 +17,8 @@ import reasoning_gym
 
 
 def problems(size, seed):
-    return reasoning_gym.create_dataset("chain_sum", size=size, seed=seed, min_terms=2, max_terms=2, max_digits=2)
+    settings = {"min_terms": 2, "max_terms": 2, "max_digits": 2, "operators": ["+"], "allow_negation": False}
+    return reasoning_gym.create_dataset("basic_arithmetic", size=size, seed=seed, allow_parentheses=False, **settings)
 
 
 SCORER = problems(1, 0)
@@ -35,7 +36,7 @@ def solved(completions, answer, metadata):
 
 def form(completions):
     """1.0 where the completion is one whole number and nothing else."""
-    return [float(re.fullmatch(r"-?\d+", text_of(said)) is not None) for said in completions]
+    return [float(re.fullmatch(r"\d+", text_of(said)) is not None) for said in completions]
 
 
 def main(folder, chat):
