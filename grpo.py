@@ -313,7 +313,7 @@ def main(args: Args) -> dict[str, float]:
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
         with torch.no_grad(), autocast:
             old_logprobs = None if on_policy else batch_logprobs(model, batch, args)  # [B, T]
-            ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else sampled_logprobs  # else not read
+            ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else sampled_logprobs  # [B, T]
         overlong = (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / max(1, args.overlong_buffer)
         advantages = compute_advantages(rewards - overlong, samples_per_prompt=G, scale=args.scale)  # [B]
 

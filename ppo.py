@@ -267,7 +267,7 @@ def main(args: Args) -> dict[str, float]:
     value_model = common.shard(value_model, device)  # only now, with its head
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     value_optimizer = torch.optim.AdamW(value_model.parameters(), weight_decay=0.0, fused=True)  # each step sets lr
-    G, eps = args.samples_per_prompt, args.clip_range
+    G = args.samples_per_prompt
     sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
 
     run.start(model=(model, optimizer), value_model=(value_model, value_optimizer))
@@ -294,7 +294,7 @@ def main(args: Args) -> dict[str, float]:
         # 3. log-probs and values that the update starts from; the reward and the advantage of each token
         with torch.no_grad(), autocast:
             old_logprobs = batch_logprobs(model, batch, args)  # [B, T]; not the sampler's, whose rounding differs
-            ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else old_logprobs  # [B, T]
+            ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else sampled_logprobs  # [B, T]
             micros = zip(*(x.split(args.micro_batch_size) for x in batch))
             values = torch.cat([value_model(*micro) for micro in micros])  # [B, T+1]
         token_rewards = -args.beta * (old_logprobs - ref_logprobs) * completion_mask  # [B, T]
@@ -322,7 +322,8 @@ def main(args: Args) -> dict[str, float]:
                 inputs, mask, old = [x[micro] for x in batch], completion_mask[micro], old_logprobs[micro]
                 with autocast:
                     logprobs = token_logprobs(model, *inputs, temperature=args.temperature)  # [b, T]
-                loss = policy_loss(logprobs, old, advantages[micro], mask, clip_range=eps, normalizer=tokens)
+                settings = {"clip_range": args.clip_range, "normalizer": tokens}
+                loss = policy_loss(logprobs, old, advantages[micro], mask, **settings)
                 loss.backward()
                 with autocast:  # after the policy's backward pass: activations of one model at a time
                     values = value_model(*inputs)[:, :-1]  # [b, T]
@@ -330,7 +331,7 @@ def main(args: Args) -> dict[str, float]:
                 loss_v = value_loss(values, old_values[micro], returns[micro], mask, **settings)
                 loss_v.backward()
                 ratio = (logprobs.detach() - old).clamp(-20, 20).exp()
-                clipped = (ratio < 1 - eps) | (ratio > 1 + eps)
+                clipped = (ratio < 1 - args.clip_range) | (ratio > 1 + args.clip_range)
                 stats["loss/policy"] += loss.detach()
                 stats["loss/value"] += loss_v.detach()
                 stats["policy/clip_frac"] += (clipped * mask).sum() / tokens

@@ -284,8 +284,8 @@ MUTATIONS = [
         "A13, D7",
         "and whitening is over the whole rollout.",
         "ppo.py",
-        "policy_loss(logprobs, old, advantages[micro], mask, clip",
-        "policy_loss(logprobs, old, whiten(advantages[micro], mask), mask, clip",
+        "policy_loss(logprobs, old, advantages[micro], mask, **settings",
+        "policy_loss(logprobs, old, whiten(advantages[micro], mask), mask, **settings",
         UPDATE + "ppo",
     ),
     Mutation(
@@ -486,8 +486,8 @@ MUTATIONS = [
         "C8",
         "Old log-probs stay those of the rollout over all its updates.",
         "ppo.py",
-        "policy_loss(logprobs, old, advantages[micro], mask, clip",
-        "policy_loss(logprobs, logprobs.detach(), advantages[micro], mask, clip",
+        "policy_loss(logprobs, old, advantages[micro], mask, **settings",
+        "policy_loss(logprobs, logprobs.detach(), advantages[micro], mask, **settings",
         UPDATE + "ppo",
     ),
     Mutation(
