@@ -136,6 +136,16 @@ def gather(items: list) -> list:
     return list(itertools.chain(*lists))
 
 
+def nonzero_rows(rows: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Those of the rows [n] whose advantage, of [B], is not 0: the others' policy gradient is.
+
+    One at least, and as many on each process, as FSDP needs all processes to run the same passes.
+    """
+    zero = advantages[rows] == 0
+    count = int(total((~zero).sum().clamp(min=1), dist.ReduceOp.MAX))
+    return rows[zero.int().argsort(stable=True)[:count].sort().values]
+
+
 def shard(module, device: torch.device):
     """The module on the device, its parameters, gradients and optimizer state split among the processes by FSDP2.
 

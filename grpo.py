@@ -329,6 +329,8 @@ def main(args: Args) -> dict[str, float]:
             tokens = common.total(completion_mask[minibatch].sum()).clamp(min=1)
             normalizer = loss_normalizer(completion_mask[minibatch], args.loss_type, args.max_new_tokens)
             normalizer = common.total(normalizer).clamp(min=1)
+            if on_policy and not args.beta:
+                minibatch = common.nonzero_rows(minibatch, advantages)  # the others' gradient is 0
             for micro in minibatch.split(args.micro_batch_size):
                 inputs, mask = [x[micro] for x in batch], completion_mask[micro]
                 with autocast:

@@ -326,7 +326,7 @@ def main(args: Args) -> dict[str, float]:
                 loss = policy_loss(logprobs, old, advantages[micro], mask, **settings)
                 loss.backward()
                 with autocast:  # after the policy's backward pass: activations of one model at a time
-                    values = value_model(*inputs)[:, :-1]  # [b, T]
+                    values = value_model(*inputs[:2], inputs[2][:, :-1], inputs[3][:, :-1])  # [b, T]
                 settings = {"value_clip_range": args.value_clip_range, "normalizer": tokens}
                 loss_v = value_loss(values, old_values[micro], returns[micro], mask, **settings)
                 loss_v.backward()

@@ -467,6 +467,14 @@ MUTATIONS = [
         UPDATE + "grpo",
     ),
     Mutation(
+        "C5",
+        "Rows of tied groups are left out of an update only where nothing else but the advantage pulls at them.",
+        "grpo.py",
+        "if on_policy and not args.beta:",
+        "if on_policy:",
+        UPDATE + "rows_without_an_advantage_take_no_part_in_the_update",
+    ),
+    Mutation(
         "C6",
         "A truncated completion is trained on by its reward, as it is.",
         "grpo.py",

@@ -156,7 +156,7 @@ def check_metrics(recording, tokenizer, rewards_of):
     }
     for name in expected.keys() & metrics.keys():
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
-    assert "kl/ref" in metrics or recording.module is rejection_sampling
+    assert "kl/ref" in metrics or not getattr(recording.args, "beta", 0)
 
 
 def leave_one_out(rewards):
@@ -248,7 +248,7 @@ def rows_of(order):
     return torch.tensor([prompt * G + sample for prompt in order.tolist() for sample in range(G)])
 
 
-def grpo_by_hand(recording, tokenizer, rewards_of, num_minibatches=2, num_epochs=2):
+def grpo_by_hand(recording, tokenizer, rewards_of, num_minibatches=2, num_epochs=2, beta=BETA):
     """All updates of both rollouts: loss type grpo, k3, std with one degree of freedom less, clip at 0.2."""
     assert len(recording.updates) == 2 * num_minibatches * num_epochs
     B = len(recording.rollouts[0].completions)
@@ -269,7 +269,7 @@ def grpo_by_hand(recording, tokenizer, rewards_of, num_minibatches=2, num_epochs
             advantage = (rewards[i] - mean) / (std + 1e-4) if max(group) > min(group) else 0.0
             ratio = (new[i] - old[i].detach()).exp()
             x = ref[i].detach() - new[i]
-            token_losses = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) + BETA * (x.exp() - x - 1)
+            token_losses = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) + beta * (x.exp() - x - 1)
             loss = loss + token_losses.mean() / len(scored)
             clipped += ((ratio < 0.8) | (ratio > 1.2)).sum().item()
         close(update.gradient, flat_gradient(loss, update.model))
@@ -280,11 +280,41 @@ def grpo_by_hand(recording, tokenizer, rewards_of, num_minibatches=2, num_epochs
     check_metrics(recording, tokenizer, rewards_of)
 
 
-@pytest.mark.parametrize("passes", [2, 1])
-def test_grpo(record, tokenizer, passes):
-    """Four updates of each rollout, and one, for which no old log-probs are computed."""
-    recording = record(grpo, beta=BETA, num_epochs=passes, num_minibatches=passes)
-    grpo_by_hand(recording, tokenizer, judged, passes, passes)
+@pytest.mark.parametrize("passes, beta", [(2, BETA), (1, BETA), (1, 0.0)])
+def test_grpo(record, tokenizer, passes, beta):
+    """Four updates of each rollout; and one, for which no old log-probs are computed, and without a KL not all rows."""
+    recording = record(grpo, beta=beta, num_epochs=passes, num_minibatches=passes)
+    grpo_by_hand(recording, tokenizer, judged, passes, passes, beta)
+
+
+@pytest.mark.parametrize("module", [reinforce, grpo, grape])
+@pytest.mark.parametrize("beta, passes", [(0.0, 1), (0.0, 2), (BETA, 1)])
+def test_rows_without_an_advantage_take_no_part_in_the_update(record, tmp_path, monkeypatch, module, beta, passes):
+    """Their gradient is 0, unless a KL or the ratio of a second pass has something to do with them."""
+    advantages, rows = [], []
+    compute_advantages, token_logprobs = module.compute_advantages, module.token_logprobs
+
+    def spied_advantages(*arguments, **settings):
+        advantages.append(compute_advantages(*arguments, **settings))
+        return advantages[-1]
+
+    def spied_logprobs(model, *batch, **settings):
+        if torch.is_grad_enabled():
+            rows.append(len(batch[0]))
+        return token_logprobs(model, *batch, **settings)
+
+    monkeypatch.setattr(module, "compute_advantages", spied_advantages)
+    monkeypatch.setattr(module, "token_logprobs", spied_logprobs)
+    rubric = tmp_path / "rubric.json"
+    rubric.write_text(
+        json.dumps({"category": "any", "items": [{"name": "a", "weight": 1, "verifier": "mine.py:judge"}]})
+    )
+    more = {reinforce: {}, grpo: {"num_epochs": passes}, grape: {"num_epochs": passes, "rubric": (str(rubric),)}}
+    record(module, beta=beta, **more[module])
+    have_one, all_rows = (torch.cat(advantages) != 0).sum().item(), sum(map(len, advantages))
+    assert 0 < have_one < all_rows
+    left_out = module is reinforce or (beta == 0 and passes == 1)
+    assert sum(rows) == (have_one if left_out else passes * all_rows)
 
 
 def test_grape(record, tokenizer, tmp_path):
