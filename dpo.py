@@ -256,12 +256,7 @@ def reference_logprobs(model, examples, args):
 def dpo_loss(
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, loss_type, label_smoothing, gamma=0.0
 ):
-    """The formulas above, one loss for each pair [N]. Log-probs [N] of whole completions, per token for ipo and simpo.
-
-    ValueError if the label smoothing is not from 0 to less than 0.5, or not 0 where the loss type defines none.
-    """
-    if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type not in ("sigmoid", "robust")):
-        raise ValueError(f"{label_smoothing} for {loss_type}: give sigmoid or robust less than 0.5, the others 0")
+    """The formulas above, a loss for each pair [N], of log-probs [N] of completions, per token for ipo and simpo."""
     if loss_type == "simpo":
         return -F.logsigmoid(beta * (chosen_logps - rejected_logps).float() - gamma)
     h_w, h_l = (chosen_logps - ref_chosen_logps).float(), (rejected_logps - ref_rejected_logps).float()

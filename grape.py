@@ -241,7 +241,8 @@ def ask_critic(critic, tokenizer, question, rows, completions, *, batch_size):
     yes, no = sorted(yes - no), sorted(no - yes)  # a token that begins both, a space, tells nothing
     context, answers = common.context_length(critic), []
     prompts = [common.text_of(row["prompt"]) for row in rows]
-    texts = [CRITIC_PROMPT.format(prompt=p, completion=c, question=question) for p, c in zip(prompts, completions)]
+    asked = [CRITIC_PROMPT.format(prompt=p, completion=c, question=question) for p, c in zip(prompts, completions)]
+    texts = list(dict.fromkeys(asked))  # once about equal completions of a prompt
     for start in range(0, len(texts), batch_size):
         batch = [{"prompt": text} for text in texts[start : start + batch_size]]
         input_ids, mask = common.prompt_batch(tokenizer, batch, critic.device)
@@ -253,7 +254,8 @@ def ask_critic(critic, tokenizer, question, rows, completions, *, batch_size):
         p_yes, p_no = probabilities[:, yes].sum(1), probabilities[:, no].sum(1)
         answer = torch.stack([p_yes / (p_yes + p_no), (p_yes - p_no).abs()])  # [2, b]: score and confidence
         answers.append(answer.where(p_yes + p_no >= 0.01, float("nan")))
-    return torch.cat(answers, 1).cpu()
+    answers = dict(zip(texts, torch.cat(answers, 1).cpu().T))
+    return torch.stack([answers[text] for text in asked], 1)
 
 
 def call_verifier(name, function, rows, texts, ids=None):

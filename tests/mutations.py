@@ -770,9 +770,9 @@ MUTATIONS = [
         "E6",
         "Label smoothing does what it says or is refused.",
         "dpo.py",
-        'or (label_smoothing and loss_type not in ("sigmoid", "robust"))',
+        "or (self.label_smoothing and not smoothed)",
         "",
-        DPO + "label_smoothing_where_it_is_not_defined_is_refused",
+        ERRORS + "bad_flags_are_refused_before_a_model_is_loaded",
     ),
     # GRAPE
     Mutation(

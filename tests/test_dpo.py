@@ -54,16 +54,6 @@ def test_loss_at_the_reference(loss_type, value):
         assert loss_of(loss_type, 0.2, beta=0.1, logps=logps).tolist() == pytest.approx([value] * 3)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("label_smoothing", [0.1, 0.5, -0.1])
-def test_label_smoothing_where_it_is_not_defined_is_refused(loss_type, label_smoothing):
-    if loss_type in ("sigmoid", "robust") and label_smoothing == 0.1:
-        loss_of(loss_type, label_smoothing)
-    else:
-        with pytest.raises(ValueError, match="sigmoid or robust"):
-            loss_of(loss_type, label_smoothing)
-
-
 def test_robust_is_unbiased_under_flipped_labels():
     """With a share e of pairs the wrong way round its expectation is the loss of clean pairs (arXiv 2403.00409)."""
     e, swapped = 0.2, (REJECTED, CHOSEN, REF_REJECTED, REF_CHOSEN)

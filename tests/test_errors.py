@@ -45,7 +45,8 @@ BAD_FLAGS = [
     ("grpo", {"eval_every": 0}, "--eval-every: 0, but it must be more than 0"),
     ("ppo", {"num_minibatches": 0}, "--num-minibatches: 0, but it must be more than 0"),
     ("dpo", {"micro_batch_size": 3}, "--micro-batch-size: a pair is two sequences"),
-    ("dpo", {"label_smoothing": 0.1, "loss_type": "ipo"}, "--label-smoothing"),
+    *[("dpo", {"label_smoothing": 0.1, "loss_type": kind}, "--label-smoothing") for kind in ("ipo", "hinge", "simpo")],
+    ("dpo", {"label_smoothing": 0.5}, "--label-smoothing"),
     ("ppo", {"num_minibatches": 3}, "--prompts-per-step: 2 do not divide among 1 processes and 3 minibatches"),
     ("grpo", {"num_minibatches": 3}, "--prompts-per-step: 2 do not divide among 1 processes and 3 minibatches"),
     (

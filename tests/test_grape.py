@@ -97,13 +97,14 @@ def test_critic_is_read_by_its_yes_and_no(tokenizer):
         {"prompt": "What is 6 * 7?"},
         {"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1?"}]},
     ]
-    rows = [rows[0], rows[1], rows[0]]
-    texts = ["42", "a long and winding {answer}", "tea"]
+    rows = [rows[0], rows[1], rows[0], rows[0], rows[1]]
+    texts = ["42", "a long and winding {answer}", "tea", "42", "42"]
     scores, confidences = grape.ask_critic(critic, tokenizer, "Is it right?", rows, texts, batch_size=2)
-    torch.testing.assert_close(scores[:2], torch.tensor([0.75, 0.25]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(confidences[:2], torch.tensor([0.4, 0.4]), atol=1e-5, rtol=0)
+    known = [0, 1, 3, 4]
+    torch.testing.assert_close(scores[known], torch.tensor([0.75, 0.25, 0.75, 0.75]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(confidences[known], torch.full((4,), 0.4), atol=1e-5, rtol=0)
     assert scores[2].isnan() and confidences[2].isnan()
-    assert [len(batch) for batch in critic.batches] == [2, 1]
+    assert [len(batch) for batch in critic.batches] == [2, 2]  # the fourth is the first one's, and not asked again
     assert "What is 6 * 7?" in critic.batches[0][0] and "Is it right?" in critic.batches[0][0]
     assert all(part in critic.batches[0][1] for part in ("Add.", "1 + 1?", "{answer}"))
 
