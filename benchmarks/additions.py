@@ -3,7 +3,7 @@
 python -m pip install reasoning-gym
 python benchmarks/additions.py FOLDER [--chat]
 
-writes demonstrations.jsonl (256 rows), train.jsonl and test.jsonl (500 rows). No problem is in two of them. With --chat
+writes demonstrations.jsonl (64 rows), train.jsonl and test.jsonl (500 rows). No problem is in two of them. With --chat
 prompts are messages, with a short system turn in place of the long one that some chat templates add.
 """
 
@@ -48,7 +48,7 @@ def main(folder, chat):
         rows[problem] = row | {"completion": entry["answer"]}
     rows = list(rows.values())
     random.Random(0).shuffle(rows)  # or the test would have most of the few problems with one digit, which come early
-    splits = {"test": rows[:500], "demonstrations": rows[500:756], "train": rows[756:]}
+    splits = {"test": rows[:500], "demonstrations": rows[500:564], "train": rows[564:]}
     folder.mkdir(parents=True, exist_ok=True)
     for name, split in splits.items():
         text = "".join(json.dumps(row) + "\n" for row in split)

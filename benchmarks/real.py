@@ -4,7 +4,7 @@ python -m pip install reasoning-gym matplotlib
 python benchmarks/real.py
 python benchmarks/real.py --model Qwen/Qwen2.5-0.5B-Instruct --output-dir runs/real-qwen --num-steps 100
 
-Makes the data (benchmarks/additions.py), warms the model up with sft.py on 256 demonstrations, and from that one start
+Makes the data (benchmarks/additions.py), warms the model up with sft.py on 64 demonstrations, and from that one start
 trains the other seven on other prompts. Two controls: sft.py on the same demonstrations for longer, and
 rejection_sampling.py on samples taken at random. What is done is skipped, what was cut off goes on. In the end it
 writes table.md, completions.md and curves.png; docs/results.md shows what came out.
@@ -22,22 +22,22 @@ from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
 SAMPLED = "--data {data}/train.jsonl --prompts-per-step {prompts} --samples-per-prompt {samples} --micro-batch-size 256"
-ADAM = "--learning-rate 1e-5 --warmup-steps 5"
+ADAM = "--learning-rate 2e-5 --warmup-steps 5"
 RUNS = {  # name: script and flags, or another run and what it has besides; the first run is where the others start
     "warm-up": "sft --num-steps {warm_steps} --eval-every 4 --learning-rate 5e-5",
     "sft": "sft --data {data}/demonstrations.jsonl --prompts-per-step 32 --learning-rate 2e-5 {longer}",
-    "random": "rejection_sampling --strategy random",
-    "rejection_sampling": f"rejection_sampling {SAMPLED} --learning-rate 2e-5 --warmup-steps 5",
+    "random": "rejection_sampling --strategy random {few}",
+    "rejection_sampling": f"rejection_sampling {SAMPLED} {ADAM}",
     "reinforce": f"reinforce {SAMPLED} {ADAM}",
     "grpo": f"grpo {SAMPLED} {ADAM} --beta 0",
     "ppo": f"ppo {SAMPLED} {ADAM} --beta 0 --value-learning-rate 5e-5 --num-epochs 1",
-    "trpo": f"trpo {SAMPLED} --max-kl 0.01",
+    "trpo": f"trpo {SAMPLED} --max-kl 0.01 --cg-iterations 5 {{few}}",
     "dpo": "dpo --data {data}/pairs.jsonl --prompts-per-step {prompts} --learning-rate 5e-6 --warmup-steps 5",
     "grape": f"grape {SAMPLED} {ADAM} --beta 0 --rubric {{rubric}} --critic-model {{model}}",
-    "grape-no-confidence": "grape --confidence-scope none",
+    "grape-no-confidence": "grape --confidence-scope none --num-steps {half}",
     "grape-no-std": "grape --scale none",
-    "grpo-too-fast": "grpo --learning-rate 2e-4",
-    "grpo-too-often": "grpo --num-epochs 8",
+    "grpo-too-fast": "grpo --learning-rate 2e-4 {few}",
+    "grpo-too-often": "grpo --num-epochs 4 {few}",
     "reinforce-2": "reinforce --seed 2",
     "grpo-2": "grpo --seed 2",
     "ppo-2": "ppo --seed 2",
@@ -53,7 +53,7 @@ PANELS = {  # title: what along x, runs
 class Args:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # folder or hub id
     output_dir: Path = Path("runs/real")  # for data, runs, table.md, completions.md and curves.png
-    num_steps: int = 40  # steps of each run after the warm-up; of sft.py three times as many, as its steps are short
+    num_steps: int = 30  # steps of each run after the warm-up; of sft.py three times as many, as its steps are short
     only: tuple[str, ...] = ()  # names of runs; all of them without it
     quick: bool = False  # two small steps each, to see that everything runs
 
@@ -95,14 +95,14 @@ def table(out: Path, names: list[str], sequences: int, problems: int) -> str:
 
 
 def completions(out: Path, names: list[str]) -> str:
-    """What each run's model answers to three held-out questions before and after."""
-    lines = ["| run | prompt | before | after |", "|---|---|---|---|"]
+    """What each run's model answers to three held-out problems before and after."""
+    problems = [row["metadata"]["expression"] for row in read(out / "data" / "test.jsonl")[:3]]
+    lines = [f"| run | {' | '.join(problems)} |", "|---|---|---|---|"]
     for name in names:
         rows = [row for row in read(out / name / "samples.jsonl") if row["phase"] == "eval"]
         last = [row for row in rows if row["step"] == rows[-1]["step"]]
-        for before, after in list(zip(rows, last))[:3]:
-            texts = before["prompt"][-60:], before["completion"], after["completion"]
-            lines.append(f"| {name} | " + " | ".join(map(repr, texts)) + " |")
+        answers = [f"{first['completion']!r}, {then['completion']!r}" for first, then in zip(rows, last)]
+        lines.append(f"| {name} | {' | '.join(answers[:3])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -122,7 +122,8 @@ def draw(out: Path, names: list[str], sequences: int) -> None:
             axis.plot(*zip(*points), label=name, color=colours[name], marker="o", markersize=3)
         axis.set(title=title, xlabel=unit, ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
     figure.savefig(out / "curves.png", dpi=110)
 
 
@@ -135,7 +136,9 @@ def main(args: Args) -> None:
     warm_steps, pairs, every = (2, 16, 1) if args.quick else (8, 768, 10)
     places = {"data": data, "model": args.model, "rubric": HERE.parent / "rubrics" / "additions.json"}
     longer = f"--num-steps {3 * steps} --eval-every {3 * every}"
-    sizes = {"prompts": prompts, "samples": samples, "warm_steps": warm_steps, "longer": longer}
+    few = f"--num-steps {max(1, steps // 3)} --eval-every {max(1, every // 2)}"
+    sizes = {"prompts": prompts, "samples": samples, "half": steps // 2, "warm_steps": warm_steps}
+    sizes |= {"longer": longer, "few": few}
     reward = ["--reward", f"{HERE / 'additions.py'}:solved", "--max-new-tokens", 6]
     evaluation = f"--eval-data {data}/test.jsonl --eval-prompts {problems} --eval-every {every} --save-every 20".split()
 

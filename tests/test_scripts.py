@@ -161,7 +161,8 @@ def test_micro_batches_keep_a_prompts_rows_together(script, tmp_path, monkeypatc
 
     monkeypatch.setattr(module, "token_logprobs", spy)
     args = module.Args(num_steps=1, prompts_per_step=8, samples_per_prompt=4, micro_batch_size=4, eval_prompts=2)
-    args.output_dir = str(tmp_path / "run")
+    args.output_dir, args.reward = str(tmp_path / "run"), (f"{tmp_path}/rising.py:rising",)  # no tie is left out
+    (tmp_path / "rising.py").write_text("def rising(completions, **columns):\n    return range(len(completions))\n")
     if script in ("ppo", "grpo", "grape"):
         args.num_epochs = args.num_minibatches = 1
     module.main(args)
