@@ -179,9 +179,9 @@ def batch_logprobs(model, batch, args):
 
 
 def next_token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature):
-    """log pi(. | x, y_<t) [B, T, V] over the whole vocabulary; token_logprobs are those of the sampled tokens."""
+    """log pi(. | x, y_<t) [n, V] over the whole vocabulary, for the n tokens of the completions one after the other."""
     prompt, completion = (prompt_ids, prompt_mask), (completion_ids[:, :-1], completion_mask[:, :-1])
-    hidden = hidden_states(model, *prompt, *completion)  # [B, T, H]
+    hidden = hidden_states(model, *prompt, *completion)[completion_mask > 0]  # [n, H]
     return (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)
 
 
@@ -213,14 +213,14 @@ def flatten(tensors):
 def fisher_factors(model, chunk, *, temperature, normalizer):
     """What fisher_vector_product needs of a micro-batch, kept for all products of a step; J is d log_softmax / d theta.
 
-    Returns log_softmax [b, T, V], probe of its shape, J' probe [n] with its graph, and the weight of each token [b, T].
+    Returns log_softmax [n, V], a probe of its shape, J' probe with its graph, and the weight of a token.
     """
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative (pytorch/pytorch#116350)
         log_softmax = next_token_logprobs(model, *chunk, temperature=temperature)
         probe = torch.zeros_like(log_softmax, requires_grad=True)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradient = torch.autograd.grad(log_softmax, parameters, probe, create_graph=True)
-    return log_softmax, probe, flatten(gradient), chunk[-1] / normalizer
+    return log_softmax, probe, flatten(gradient), 1 / normalizer
 
 
 def fisher_vector_product(factors, parameters, vector, *, damping=0.0):
@@ -232,8 +232,8 @@ def fisher_vector_product(factors, parameters, vector, *, damping=0.0):
     product = torch.zeros_like(vector)
     for log_softmax, probe, gradient, weight in factors:
         with sdpa_kernel(SDPBackend.MATH):  # gradient checkpointing computes attention once more
-            (jvp,) = torch.autograd.grad(gradient @ vector, probe, retain_graph=True)  # J v [b, T, V]
-            jvp = log_softmax.detach().exp() * jvp * weight[..., None]
+            (jvp,) = torch.autograd.grad(gradient @ vector, probe, retain_graph=True)  # J v [n, V]
+            jvp = log_softmax.detach().exp() * jvp * weight
             product = product + flatten(torch.autograd.grad(log_softmax, parameters, jvp, retain_graph=True))
     return common.total(product) + damping * vector
 
@@ -269,10 +269,11 @@ def surrogate_and_kl(model, old_model, chunks, *, temperature):
     for *chunk, advantages in chunks:
         old, new = (next_token_logprobs(m, *chunk, temperature=temperature) for m in (old_model, model))
         # normalised once more: that float32's probabilities do not quite add up to 1 moves a KL by 1e-7
-        old, new = (x.to(dtype).log_softmax(-1) for x in (old, new))
-        kl += ((old.exp() * (old - new)).sum(-1) * chunk[-1]).sum() / tokens
-        old, new = (x.gather(-1, chunk[2][..., None])[..., 0] for x in (old, new))
-        surrogate -= policy_loss(new, old, advantages, chunk[-1], normalizer=tokens)
+        old, new = (x.to(dtype).log_softmax(-1) for x in (old, new))  # [n, V]
+        kl += (old.exp() * (old - new)).sum() / tokens
+        kept = chunk[3] > 0  # [b, T]
+        log_ratio = (new - old).gather(-1, chunk[2][kept][:, None])[:, 0]  # [n]
+        surrogate += (advantages.repeat_interleave(kept.sum(1)) * log_ratio.exp()).sum() / tokens
     return common.total(surrogate), common.total(kl)
 
 

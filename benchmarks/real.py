@@ -31,10 +31,10 @@ RUNS = {  # name: script and flags, or another run and what it has besides; the 
     "reinforce": f"reinforce {SAMPLED} {ADAM}",
     "grpo": f"grpo {SAMPLED} {ADAM} --beta 0",
     "ppo": f"ppo {SAMPLED} {ADAM} --beta 0 --value-learning-rate 5e-5 --num-epochs 1",
-    "trpo": f"trpo {SAMPLED} --max-kl 0.01 --cg-iterations 5 {{few}}",
+    "trpo": f"trpo {SAMPLED} --prompts-per-step {{half}} --max-kl 0.05 --cg-iterations 5 {{few}}",
     "dpo": "dpo --data {data}/pairs.jsonl --prompts-per-step {prompts} --learning-rate 5e-6 --warmup-steps 5",
     "grape": f"grape {SAMPLED} {ADAM} --beta 0 --rubric {{rubric}} --critic-model {{model}}",
-    "grape-no-confidence": "grape --confidence-scope none --num-steps {half}",
+    "grape-no-confidence": "grape --confidence-scope none {few}",
     "grape-no-std": "grape --scale none",
     "grpo-too-fast": "grpo --learning-rate 2e-4 {few}",
     "grpo-too-often": "grpo --num-epochs 4 {few}",
@@ -80,13 +80,20 @@ def minutes_of(rows: list[dict]) -> float:
     return statistics.median(map(sum, parts)) / 60
 
 
-def table(out: Path, names: list[str], sequences: int, problems: int) -> str:
+def sequences_of(run: Path) -> int:
+    """In a step."""
+    args = json.loads((run / "args.json").read_text(encoding="utf-8"))
+    return args["prompts_per_step"] * args.get("samples_per_prompt", 1)
+
+
+def table(out: Path, names: list[str], problems: int) -> str:
     lines = ["| run | before | after | best | completions | tokens | minutes | GB |", "|" + "---|" * 8]
     for name in names:
         rows = read(out / name / "metrics.jsonl")
         accuracy = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
         error = (accuracy[-1] * (1 - accuracy[-1]) / problems) ** 0.5
         lengths = [row["completion/length"] for row in rows if "time/rollout" in row]
+        sequences = sequences_of(out / name)
         drawn = f"{len(lengths) * sequences:,} | {sum(lengths) * sequences:,.0f}" if lengths else "none | none"
         result = f"{accuracy[0]:.3f} | {accuracy[-1]:.3f} ± {error:.3f} | {max(accuracy):.3f}"
         memory, minutes = max(row["memory/peak"] for row in rows), minutes_of(rows) * rows[-1]["step"]
@@ -106,7 +113,7 @@ def completions(out: Path, names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(out: Path, names: list[str], sequences: int) -> None:
+def draw(out: Path, names: list[str]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,7 +124,7 @@ def draw(out: Path, names: list[str], sequences: int) -> None:
     for axis, (title, (unit, runs)) in zip(axes, PANELS.items()):
         for name in [name for name in runs.split() if name in names]:
             rows = read(out / name / "metrics.jsonl")
-            scale = minutes_of(rows) if unit == "minutes" else sequences
+            scale = minutes_of(rows) if unit == "minutes" else sequences_of(out / name)
             points = [(row["step"] * scale, row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
             axis.plot(*zip(*points), label=name, color=colours[name], marker="o", markersize=3)
         axis.set(title=title, xlabel=unit, ylim=(0, 1))
@@ -137,8 +144,8 @@ def main(args: Args) -> None:
     places = {"data": data, "model": args.model, "rubric": HERE.parent / "rubrics" / "additions.json"}
     longer = f"--num-steps {3 * steps} --eval-every {3 * every}"
     few = f"--num-steps {max(1, steps // 3)} --eval-every {max(1, every // 2)}"
-    sizes = {"prompts": prompts, "samples": samples, "half": steps // 2, "warm_steps": warm_steps}
-    sizes |= {"longer": longer, "few": few}
+    sizes = {"prompts": prompts, "samples": samples, "warm_steps": warm_steps, "longer": longer, "few": few}
+    sizes["half"] = prompts // 2
     reward = ["--reward", f"{HERE / 'additions.py'}:solved", "--max-new-tokens", 6]
     evaluation = f"--eval-data {data}/test.jsonl --eval-prompts {problems} --eval-every {every} --save-every 20".split()
 
@@ -157,10 +164,10 @@ def main(args: Args) -> None:
         settings = ["--model", start, "--num-steps", steps, *reward, *evaluation, *flags, "--output-dir", run]
         if not (run / "model").exists():
             python(HERE.parent / f"{script}.py", *(begun or settings))
-    (out / "table.md").write_text(table(out, names, prompts * samples, problems), encoding="utf-8")
+    (out / "table.md").write_text(table(out, names, problems), encoding="utf-8")
     (out / "completions.md").write_text(completions(out, names), encoding="utf-8")
     print((out / "table.md").read_text(encoding="utf-8"))
-    draw(out, names, prompts * samples)
+    draw(out, names)
 
 
 if __name__ == "__main__":

@@ -303,7 +303,8 @@ def test_fisher_vector_product_over_all_completions():
     log_softmax, probe, gradient, weight = trpo.fisher_factors(
         oracle.model, oracle.batch(), temperature=TEMPERATURE, normalizer=1.0
     )
-    factors = [(log_softmax, probe, gradient, weight * oracle.p.detach()[:, None])]
+    p = oracle.p.detach().repeat_interleave(oracle.batch()[-1].sum(1).long())[:, None]  # of each token's completion
+    factors = [(log_softmax, probe, gradient, weight * p)]
     close(trpo.fisher_vector_product(factors, list(oracle.model.parameters()), vector), expected)
     # and it is the Hessian of the completions' exact KL at the policy itself
     with sdpa_kernel(SDPBackend.MATH):
