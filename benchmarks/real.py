@@ -31,13 +31,15 @@ RUNS = {  # name: script and flags, or another run and what it has besides; the 
     "reinforce": f"reinforce {SAMPLED} {ADAM}",
     "grpo": f"grpo {SAMPLED} {ADAM} --beta 0",
     "ppo": f"ppo {SAMPLED} {ADAM} --beta 0 --value-learning-rate 5e-5 --num-epochs 1",
-    "trpo": f"trpo {SAMPLED} --prompts-per-step {{half}} --max-kl 0.05 --cg-iterations 5 {{few}}",
-    "dpo": "dpo --data {data}/pairs.jsonl --prompts-per-step {prompts} --learning-rate 5e-6 --warmup-steps 5",
+    "trpo": f"trpo {SAMPLED} --max-kl 0.02 --cg-iterations 5 --num-steps {{half}}",
+    "dpo": "dpo --data {data}/pairs.jsonl --prompts-per-step {prompts} --learning-rate 5e-6 --warmup-steps 5 "
+    "--beta 0.5",
     "grape": f"grape {SAMPLED} {ADAM} --beta 0 --rubric {{rubric}} --critic-model {{model}}",
     "grape-no-confidence": "grape --confidence-scope none {few}",
     "grape-no-std": "grape --scale none",
     "grpo-too-fast": "grpo --learning-rate 2e-4 {few}",
     "grpo-too-often": "grpo --num-epochs 4 {few}",
+    "dpo-too-loose": "dpo --beta 0.1",
     "reinforce-2": "reinforce --seed 2",
     "grpo-2": "grpo --seed 2",
     "ppo-2": "ppo --seed 2",
@@ -45,7 +47,7 @@ RUNS = {  # name: script and flags, or another run and what it has besides; the 
 PANELS = {  # title: what along x, runs
     "held-out accuracy, greedy": ("minutes", "sft random rejection_sampling reinforce grpo ppo trpo dpo grape"),
     "of those that sample": ("completions", "random rejection_sampling reinforce grpo ppo trpo grape"),
-    "settings that break it": ("completions", "grpo grpo-too-fast grpo-too-often"),
+    "settings that break it": ("steps", "grpo grpo-too-fast grpo-too-often dpo dpo-too-loose"),
 }
 
 
@@ -124,7 +126,7 @@ def draw(out: Path, names: list[str]) -> None:
     for axis, (title, (unit, runs)) in zip(axes, PANELS.items()):
         for name in [name for name in runs.split() if name in names]:
             rows = read(out / name / "metrics.jsonl")
-            scale = minutes_of(rows) if unit == "minutes" else sequences_of(out / name)
+            scale = {"minutes": minutes_of(rows), "completions": sequences_of(out / name), "steps": 1}[unit]
             points = [(row["step"] * scale, row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
             axis.plot(*zip(*points), label=name, color=colours[name], marker="o", markersize=3)
         axis.set(title=title, xlabel=unit, ylim=(0, 1))
@@ -145,7 +147,7 @@ def main(args: Args) -> None:
     longer = f"--num-steps {3 * steps} --eval-every {3 * every}"
     few = f"--num-steps {max(1, steps // 3)} --eval-every {max(1, every // 2)}"
     sizes = {"prompts": prompts, "samples": samples, "warm_steps": warm_steps, "longer": longer, "few": few}
-    sizes["half"] = prompts // 2
+    sizes["half"] = steps // 2
     reward = ["--reward", f"{HERE / 'additions.py'}:solved", "--max-new-tokens", 6]
     evaluation = f"--eval-data {data}/test.jsonl --eval-prompts {problems} --eval-every {every} --save-every 20".split()
 

@@ -16,7 +16,7 @@ def test_one_command_trains_by_each_script_and_goes_on_where_it_stopped(tmp_path
     assert done.returncode == 0, done.stderr[-2000:]
     lines = (out / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["warm-up", *only]
-    assert [line.split(" | ")[4] for line in lines[2:]] == ["none", "none", "8", *["16"] * 4, "4", "none", "16"]
+    assert [line.split(" | ")[4] for line in lines[2:]] == ["none", "none", "8", *["16"] * 4, "8", "none", "16"]
     lines = (out / "completions.md").read_text().splitlines()
     assert "37 + 49 =" in lines[0] and [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["warm-up", *only]
     assert (out / "curves.png").stat().st_size > 10_000
