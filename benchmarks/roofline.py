@@ -1,13 +1,14 @@
 """What share of the machine rollout and update reach, and how time and memory grow with the sizes of a step.
 
 python benchmarks/roofline.py                        the embedded model and a random Llama of 30 M parameters
-python benchmarks/roofline.py --models PATH          another model
+python benchmarks/roofline.py --models PATH          another model, 2 x 8 x 64 and 8 x 8 x 24 tokens
 python benchmarks/roofline.py --device cuda          on a GPU, in bfloat16
 
 The roof is what torch's own matmul reaches on 2048 x 2048 matrices, and a copy of 256 MB. An update is counted as 6, a
 forward pass as 2 floating-point operations for each parameter that multiplies and each token that is computed;
-decoding reads each parameter once for each step of the batch. Memory is the highest of the process beyond what stood
-before the update, which is the parameters and their gradients. Each row is a process of its own.
+decoding reads each parameter once for each step of the batch. "Products" is the share of the rollout that its matrix
+products take by themselves, as torch multiplies few rows far below the roof. Memory is the highest of the process
+beyond what stood before the update, which is the parameters and their gradients. Each row is a process of its own.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def seconds(function, device, repeats=3):
 def roof(device, autocast):
     """Floating-point operations and bytes a second."""
     a, b = torch.randn(2, 2048, 2048, device=device)
-    source = torch.empty(2**26, device=device)
+    source = torch.rand(2**26, device=device)  # not empty: the kernel keeps one page for all that was never written
     target = torch.empty_like(source)
     with autocast, torch.no_grad():
         flops = 2 * 2048**3 / seconds(lambda: torch.nn.functional.linear(a, b), device, 10)
@@ -89,6 +90,10 @@ def measure(name, device_name, prompts, samples, prompt_tokens, tokens, vocab_si
     model.generation_config.eos_token_id = [V + 1]  # nothing ends early
     with autocast:
         rollout = seconds(lambda: grpo.rollout(model, prompt_ids, torch.ones_like(prompt_ids), **sampling), device, 1)
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    inputs = [torch.rand(B, layer.in_features, device=device) for layer in layers]
+    with autocast, torch.no_grad():
+        products = tokens * seconds(lambda: [layer(x) for layer, x in zip(layers, inputs)], device, 10)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = memory_now(device)
@@ -105,6 +110,7 @@ def measure(name, device_name, prompts, samples, prompt_tokens, tokens, vocab_si
         "rollout": rollout,
         "rollout_flops": (2 * (multiplying * computed + head * B * tokens)) / rollout / flops,
         "rollout_bytes": 4 * (multiplying + head) * tokens / rollout / bandwidth,
+        "products": products / rollout,
         "update": update,
         "update_flops": 6 * (multiplying * computed + head * B * tokens) / update / flops,
         "memory": memory_peak(device) - before,
@@ -126,10 +132,12 @@ def main():
     steps = [{}, {"prompts": 1}, {"prompts": 32}, {"samples": 1}, {"samples": 32, "prompts": 2}]
     steps += [{"prompt_tokens": 128}, {"tokens": 8}, {"tokens": 128}]
     rows = ["| model | prompts x samples | prompt + completion | V | rollout, s | of FLOP/s | of bandwidth "]
+    rows[0] += "| products "
     rows[0] += "| update, s | of FLOP/s | memory, MB |"
-    rows.append("|---|---|---|---|---|---|---|---|---|---|")
+    rows.append("|" + "---|" * 11)
+    more = {"random": [*steps, {"vocab_size": 150_000}], "models/arithmetic": steps}
     for name in args.models:
-        for step in steps + ([{"vocab_size": 150_000}] if name == "random" else []):
+        for step in more.get(name, [{"prompts": 2, "tokens": 64}, {"tokens": 24}]):
             sizes = {**base, **step, "name": name}
             command = [sys.executable, __file__, "--measure", json.dumps(sizes)]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -142,6 +150,7 @@ def main():
             rows.append(
                 f"| {name} | {sizes['prompts']} x {sizes['samples']} | {sizes['prompt_tokens']} + {sizes['tokens']} "
                 f"| {vocabulary} | {got['rollout']:.3f} | {got['rollout_flops']:.0%} | {got['rollout_bytes']:.0%} "
+                f"| {got['products']:.0%} "
                 f"| {got['update']:.3f} | {got['update_flops']:.0%} | {got['memory']:.0f} |"
             )
             print(rows[-1], file=sys.stderr, flush=True)
