@@ -83,7 +83,7 @@ def minutes_of(rows: list[dict]) -> float:
 
 
 def sequences_of(run: Path) -> int:
-    """In a step."""
+    """Sequences in a step of a run."""
     args = json.loads((run / "args.json").read_text(encoding="utf-8"))
     return args["prompts_per_step"] * args.get("samples_per_prompt", 1)
 

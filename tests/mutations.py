@@ -475,6 +475,14 @@ MUTATIONS = [
         UPDATE + "rows_without_an_advantage_take_no_part_in_the_update",
     ),
     Mutation(
+        "C5",
+        "All processes keep equally many rows, or their passes differ in number.",
+        "common.py",
+        "int(total((~zero).sum().clamp(min=1), dist.ReduceOp.MAX))",
+        "int((~zero).sum().clamp(min=1))",
+        TOGETHER,
+    ),
+    Mutation(
         "C6",
         "A truncated completion is trained on by its reward, as it is.",
         "grpo.py",
