@@ -3,7 +3,8 @@
 python benchmarks/step_profile.py                         grpo.py with its defaults, 8 x 8 completions
 python benchmarks/step_profile.py --model PATH --max-new-tokens 64 --prompts 2 --micro-batch-size 8 --steps 4
 
-The parts are timed as they are. The kinds are torch.profiler's, whose own cost swells what is called often, so only
+The parts are timed as they are; the floor is what transformers' layers, forward and backward, and AdamW take of them,
+which a script that does nothing else would need too. The kinds are torch.profiler's, whose own cost swells what is called often, so only
 their shares are told; "between the operators" is what is left of the wall clock: Python, and torch's dispatch.
 """
 
@@ -33,6 +34,7 @@ KINDS = {
     "gather, index, copy": ("gather", "index", "scatter", "copy_", "cat", "slice_backward", "masked", "nonzero"),
     "AdamW and norms": ("_fused_adamw", "_foreach", "linalg_vector_norm"),
 }
+FLOOR = ("layers", "backward", "AdamW", "clipping")
 
 
 @dataclass
@@ -77,23 +79,30 @@ def parts_of_a_step(args: Args) -> dict[str, float]:
         seconds.clear()
         original_log(run, step, metrics)
 
-    marks, original_log = [time.perf_counter()], common.Run.log
+    def load_model(*arguments, **keywords):
+        model, tokenizer = original_load(*arguments, **keywords)
+        model.base_model.forward = timed("layers", model.base_model.forward)
+        return model, tokenizer
+
+    marks, original_log, original_load = [time.perf_counter()], common.Run.log, common.load_model
     kept = [(grpo, "rollout"), (grpo, "token_logprobs"), (torch.Tensor, "backward"), (torch.optim.AdamW, "step")]
     kept += [(torch.nn.utils, "clip_grad_norm_"), (common, "call_rewards"), (common.Run, "log")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in kept]
     names = {"token_logprobs": "forward", "step": "AdamW", "clip_grad_norm_": "clipping", "call_rewards": "reward"}
     for owner, name, function in originals:
         setattr(owner, name, timed(names.get(name, name), function))
-    common.Run.log = log
+    common.Run.log, common.load_model = log, load_model
     try:
         run_quietly(args)
     finally:
+        common.load_model = original_load
         for owner, name, function in originals:
             setattr(owner, name, function)
     steps = steps[1 + args.steps // 4 :]
     medians = {name: statistics.median(step.get(name, 0.0) for step in steps) for name in steps[0]}
+    floor = sum(medians.pop(name) if name == "layers" else medians[name] for name in FLOOR)
     rest = medians["all"] - sum(value for name, value in medians.items() if name != "all")
-    return medians | {"the rest: tokenising, padding, advantages, logging": rest}
+    return medians | {"the rest: tokenising, padding, advantages, logging": rest, "the floor": floor}
 
 
 def run_quietly(args: Args) -> None:
