@@ -5,8 +5,8 @@ python benchmarks/peers.py --ppo-trl FOLDER                   with PPO, which TR
                                                               pip install --no-deps --target FOLDER trl==1.12.0
 python benchmarks/peers.py --model PATH --only grpo grpo-kl   another model: 2 prompts x 8 samples x 64 tokens,
                                                               in micro-batches of 8
-
-python benchmarks/peers.py --model PATH --device cuda ...     on a GPU, in bfloat16: 8 prompts x 8 samples x 64 tokens
+python benchmarks/peers.py --model PATH --size 8 8 24 ...     8 prompts x 8 samples x 24 tokens
+python benchmarks/peers.py --model PATH --device cuda ...     on a GPU, in bfloat16
 python benchmarks/peers.py --spin ...                         OpenMP's threads spin while they wait, in both
 
 The same model, data, completions a step, completion length, optimizer (AdamW, no weight decay), float32, micro-batch
@@ -47,11 +47,11 @@ PEERS = {
 }
 
 
-def sizes(name, model, device):
+def sizes(name, model, device, size):
     """Prompts, samples of each, completion tokens, steps, learning rate."""
     if model != "models/arithmetic":
-        prompts, steps = (8, 20) if device == "cuda" else (2, 5)
-        return {"prompts": prompts, "samples": 8, "tokens": 64, "steps": steps, "rate": 1e-6}
+        steps = 20 if device == "cuda" else 5
+        return dict(zip(("prompts", "samples", "tokens"), size)) | {"steps": steps, "rate": 1e-6}
     prompts, samples = (32, 1) if name in ("sft", "dpo") else (8, 8)
     return {"prompts": prompts, "samples": samples, "tokens": 8, "steps": 50, "rate": 5e-5 if name == "dpo" else 1e-4}
 
@@ -71,13 +71,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def ours(name, model, device):
+def ours(name, model, device, size):
     """Run our script and return what happened when."""
     sys.path.insert(0, str(REPO))
     import common
 
     module = __import__(name.partition("-")[0])
-    size = sizes(name, model, device)
+    size = sizes(name, model, device, size)
     ends, updates, rollouts, tokens = [], [], [], []
     log = common.Run.log
 
@@ -124,7 +124,7 @@ def ours(name, model, device):
     }
 
 
-def trls(name, model, device):
+def trls(name, model, device, size):
     """Run TRL's trainer and return what happened when."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import datasets
@@ -136,7 +136,7 @@ def trls(name, model, device):
     import builtin_rewards  # after torch, so that its threads are as TRL's users have them
     import common
 
-    size = sizes(name, model, device)
+    size = sizes(name, model, device, size)
     rows, held_out = common.load_data("arithmetic", "", 500, ("prompt",))
     columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}.get(name, ("prompt", "answer"))
     path = common.bundled(model)
@@ -256,13 +256,14 @@ def trls(name, model, device):
     return {"ends": ends, "rollouts": rollouts[:-1], "tokens": tokens, "memory": memory, "accuracy": accuracy}
 
 
-def run(whose, name, model, device, ppo_trl, spin):
+def run(whose, name, model, device, size, ppo_trl, spin):
     """One process; its seconds a step, split where it samples, to the first step, its memory and accuracy."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"OMP_WAIT_POLICY": "ACTIVE"} if spin else {}
     if whose == "trl" and name == "ppo":
         environment["PYTHONPATH"] = ppo_trl
     command = [sys.executable, __file__, "--job", whose, "--only", name, "--model", model, "--device", device]
+    command += ["--size", *map(str, size)]
     start = time.time()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -272,7 +273,7 @@ def run(whose, name, model, device, ppo_trl, spin):
     skip = 5 if len(ends) > 10 else 1
     seconds = statistics.median(b - a for a, b in zip(ends[skip - 1 :], ends[skip:]))
     rollout = statistics.median(result["rollouts"][skip:])
-    size = sizes(name, model, device)
+    size = sizes(name, model, device, size)
     tokens = statistics.mean(result["tokens"][skip:]) * size["prompts"] * size["samples"] if result["tokens"] else None
     return {
         "seconds": seconds,
@@ -320,6 +321,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/arithmetic")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", default=[], choices=list(PEERS))
+    parser.add_argument("--size", nargs=3, type=int, default=(2, 8, 64), help="of other models than ours")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ppo-trl", default="", help="folder with trl 1.12.0")
     parser.add_argument("--spin", action="store_true", help="both with OMP_WAIT_POLICY=ACTIVE")
@@ -327,7 +329,7 @@ def main() -> None:
     parser.add_argument("--job", choices=("ours", "trl"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        print(json.dumps({"ours": ours, "trl": trls}[args.job](args.only[0], args.model, args.device)))
+        print(json.dumps({"ours": ours, "trl": trls}[args.job](args.only[0], args.model, args.device, args.size)))
         return
     names = args.only or [name for name in PEERS if name != "ppo" or args.ppo_trl]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
@@ -335,9 +337,8 @@ def main() -> None:
     results = {"machine": machine, "model": args.model, "runs": {name: [] for name in names}}
     for number in range(args.rounds):
         for name in names:
-            pair = {
-                whose: run(whose, name, args.model, args.device, args.ppo_trl, args.spin) for whose in ("ours", "trl")
-            }
+            settings = (args.model, args.device, args.size, args.ppo_trl, args.spin)
+            pair = {whose: run(whose, name, *settings) for whose in ("ours", "trl")}
             results["runs"][name].append(pair)
             faster = pair["trl"]["seconds"] / pair["ours"]["seconds"]
             print(f"round {number + 1}, {name}: {faster:.2f} times TRL's steps a second", file=sys.stderr, flush=True)

@@ -3,9 +3,9 @@
 python benchmarks/step_profile.py                         grpo.py with its defaults, 8 x 8 completions
 python benchmarks/step_profile.py --model PATH --max-new-tokens 64 --prompts 2 --micro-batch-size 8 --steps 4
 
-The parts are timed as they are; the floor is what transformers' layers, forward and backward, and AdamW take of them,
-which a script that does nothing else would need too. The kinds are torch.profiler's, whose own cost swells what is called often, so only
-their shares are told; "between the operators" is what is left of the wall clock: Python, and torch's dispatch.
+The parts are timed as they are; the floor is what transformers' layers, autograd and AdamW take of them, which a script
+that does nothing else would need too. The kinds are torch.profiler's, whose own cost swells what is called often, so
+only their shares are told; "between the operators" is what is left of the wall clock: Python, and torch's dispatch.
 """
 
 import contextlib
