@@ -365,6 +365,7 @@ def main(args: Args) -> dict[str, float]:
         longest = lengths.view(-1, G).amax(1).cpu()  # [N]
         prompts = longest.argsort(stable=True)  # micro-batches then hold little padding
         minibatch = (prompts[:, None] * G + torch.arange(G)).flatten().to(device)  # a prompt's rows together
+        minibatch = common.nonzero_rows(minibatch, advantages)  # the others' gradient is 0
         tokens = common.total(completion_mask.sum()).clamp(min=1)
         for micro in minibatch.split(args.micro_batch_size):
             inputs, mask = [x[micro] for x in batch], completion_mask[micro]

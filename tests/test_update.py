@@ -287,7 +287,7 @@ def test_grpo(record, tokenizer, passes, beta):
     grpo_by_hand(recording, tokenizer, judged, passes, passes, beta)
 
 
-@pytest.mark.parametrize("module", [reinforce, grpo, grape])
+@pytest.mark.parametrize("module", [reinforce, trpo, grpo, grape])
 @pytest.mark.parametrize("beta, passes", [(0.0, 1), (0.0, 2), (BETA, 1)])
 def test_rows_without_an_advantage_take_no_part_in_the_update(record, tmp_path, monkeypatch, module, beta, passes):
     """Their gradient is 0, unless a KL or the ratio of a second pass has something to do with them."""
@@ -309,11 +309,16 @@ def test_rows_without_an_advantage_take_no_part_in_the_update(record, tmp_path, 
     rubric.write_text(
         json.dumps({"category": "any", "items": [{"name": "a", "weight": 1, "verifier": "mine.py:judge"}]})
     )
-    more = {reinforce: {}, grpo: {"num_epochs": passes}, grape: {"num_epochs": passes, "rubric": (str(rubric),)}}
+    more = {
+        reinforce: {},
+        trpo: {},
+        grpo: {"num_epochs": passes},
+        grape: {"num_epochs": passes, "rubric": (str(rubric),)},
+    }
     record(module, beta=beta, **more[module])
     have_one, all_rows = (torch.cat(advantages) != 0).sum().item(), sum(map(len, advantages))
     assert 0 < have_one < all_rows
-    left_out = module is reinforce or (beta == 0 and passes == 1)
+    left_out = module in (reinforce, trpo) or (beta == 0 and passes == 1)
     assert sum(rows) == (have_one if left_out else passes * all_rows)
 
 
