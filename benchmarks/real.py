@@ -2,19 +2,21 @@
 
 python -m pip install reasoning-gym matplotlib
 python benchmarks/real.py
-python benchmarks/real.py --model Qwen/Qwen2.5-0.5B-Instruct --output-dir runs/real-qwen --num-steps 100
+python benchmarks/real.py --model Qwen/Qwen2.5-0.5B-Instruct --output-dir runs/real-qwen --more "--micro-batch-size 32"
 
 Makes the data (benchmarks/additions.py), warms the model up with sft.py on 64 demonstrations, and from that one start
 trains the other seven on other prompts. Two controls: sft.py on the same demonstrations for longer, and
-rejection_sampling.py on samples taken at random. What is done is skipped, what was cut off goes on. In the end it
-writes table.md, completions.md and curves.png; docs/results.md shows what came out.
+rejection_sampling.py on samples chosen without looking at the score. Finished runs are skipped; one that was cut off
+continues from its last checkpoint. In the end it writes table.md, completions.md and curves.png of all finished runs;
+docs/results.md shows what came out, and which settings are wrong on purpose.
 """
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
@@ -47,17 +49,18 @@ RUNS = {  # name: script and flags, or another run and what it has besides; the 
 }
 PANELS = {  # title: what along x, runs
     "held-out accuracy, greedy": ("minutes", "sft random rejection_sampling reinforce grpo ppo trpo dpo grape"),
-    "of those that sample": ("completions", "random rejection_sampling reinforce grpo ppo trpo grape"),
-    "settings that break it": ("steps", "grpo grpo-too-fast grpo-too-often grpo-unclipped dpo dpo-too-loose"),
+    "by completions sampled": ("completions", "random rejection_sampling reinforce grpo ppo trpo grape"),
+    "wrong settings": ("steps", "grpo grpo-too-fast grpo-too-often grpo-unclipped dpo dpo-too-loose"),
 }
 
 
 @dataclass
 class Args:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # folder or hub id
-    output_dir: Path = Path("runs/real")  # for data, runs, table.md, completions.md and curves.png
+    output_dir: Path = Path("runs/real")  # for data, runs, table.md, completions.md and curves.png; of one setting each
     num_steps: int = 30  # steps of each run after the warm-up; of sft.py three times as many, as its steps are short
     only: tuple[str, ...] = ()  # names of runs; all of them without it
+    more: str = ""  # further flags of every script, such as "--device cuda --micro-batch-size 32"
     quick: bool = False  # two small steps each, to see that everything runs
 
 
@@ -68,9 +71,13 @@ def flags_of(name: str) -> str:
 
 
 def python(script: Path, *arguments) -> None:
-    done = subprocess.run(list(map(str, [sys.executable, script, *arguments])))
-    if done.returncode:
-        raise SystemExit(f"{script.name} ended with status {done.returncode}; the same command goes on from here")
+    process = subprocess.Popen(list(map(str, [sys.executable, script, *arguments])))
+    try:
+        process.wait()
+    finally:  # after Ctrl-C too, when the script ends its step and saves its run
+        process.wait()
+    if process.returncode:
+        raise SystemExit(f"{script.name} ended with status {process.returncode}; the same command goes on from here")
 
 
 def read(file: Path) -> list[dict]:
@@ -99,7 +106,7 @@ def table(out: Path, names: list[str], problems: int) -> str:
         sequences = sequences_of(out / name)
         drawn = f"{len(lengths) * sequences:,} | {sum(lengths) * sequences:,.0f}" if lengths else "none | none"
         result = f"{accuracy[0]:.3f} | {accuracy[-1]:.3f} ± {error:.3f} | {max(accuracy):.3f}"
-        memory, minutes = max(row["memory/peak"] for row in rows), minutes_of(rows) * rows[-1]["step"]
+        memory, minutes = max(row["memory/peak"] or 0 for row in rows), minutes_of(rows) * rows[-1]["step"]
         lines.append(f"| {name} | {result} | {drawn} | {minutes:.1f} | {memory:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -140,38 +147,56 @@ def draw(out: Path, names: list[str]) -> None:
 def main(args: Args) -> None:
     if unknown := {*args.only} - RUNS.keys():
         raise SystemExit(f"--only: {', '.join(sorted(unknown))}: not among {', '.join(RUNS)}")
-    names = [name for name in RUNS if not args.only or name in ("warm-up", *args.only)]
     out, data = args.output_dir, args.output_dir / "data"
     prompts, samples, steps, problems = (4, 2, 2, 8) if args.quick else (32, 8, args.num_steps, 500)
-    warm_steps, pairs, every = (2, 16, 1) if args.quick else (8, 768, 10)
+    warm_steps, pairs, every = (2, 16, 1) if args.quick else (8, 768 * steps // 30, 10)
     places = {"data": data, "model": args.model, "rubric": HERE.parent / "rubrics" / "additions.json"}
     longer = f"--num-steps {3 * steps} --eval-every {3 * every}"
     few = f"--num-steps {max(1, steps // 3)} --eval-every {max(1, every // 2)}"
     sizes = {"prompts": prompts, "samples": samples, "warm_steps": warm_steps, "longer": longer, "few": few}
-    sizes["half"] = steps // 2
+    sizes["half"] = max(1, steps // 2)
     reward = ["--reward", f"{HERE / 'additions.py'}:solved", "--max-new-tokens", 6]
-    evaluation = f"--eval-data {data}/test.jsonl --eval-prompts {problems} --eval-every {every} --save-every 20".split()
+    evaluation = ["--eval-data", data / "test.jsonl", "--eval-prompts", problems, "--eval-every", every]
 
+    settings = json.dumps(asdict(args) | {"output_dir": "", "only": "", "more": ""}, indent=2)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "settings.json").exists() and (out / "settings.json").read_text(encoding="utf-8") != settings:
+        raise SystemExit(f"--output-dir {out}: holds runs of other settings, see its settings.json; give another one")
+    (out / "settings.json").write_text(settings, encoding="utf-8")
     if not (data / "train.jsonl").exists():
         chat = ["--chat"] if AutoTokenizer.from_pretrained(args.model).chat_template else []
         python(HERE / "additions.py", data, *chat)
-    for name in names:
+    failed = []
+    for name in [name for name in RUNS if not args.only or name in ("warm-up", *args.only)]:
         run, start = out / name, args.model if name == "warm-up" else out / "warm-up" / "model"
-        script, *flags = flags_of(name).format(**places, **sizes).split()
-        if script == "dpo" and not (data / "pairs.jsonl").exists():  # of the start's own samples
-            scored = ["--reward", "length", *reward[2:]] if args.quick else reward  # as two steps get nothing right
-            made = ["--model", start, "--data", data / "train.jsonl", "--output", data / "pairs.part", *scored]
-            python(HERE / "pairs.py", *made, "--prompts", pairs, "--prompts-per-batch", prompts)
-            (data / "pairs.part").rename(data / "pairs.jsonl")
-        begun = ["--resume", run] if (run / "args.json").exists() else []
-        settings = ["--model", start, "--num-steps", steps, *reward, *evaluation, *flags, "--output-dir", run]
-        if not (run / "model").exists():
-            python(HERE.parent / f"{script}.py", *(begun or settings))
+        flags = flags_of(name).format(**sizes, **{place: shlex.quote(str(path)) for place, path in places.items()})
+        script, *flags = shlex.split(flags)
+        flags = ["--model", start, "--num-steps", steps, *reward, *evaluation, "--save-every", 5, *flags]
+        flags = ["--resume", run] if (run / "args.json").exists() else [*flags, "--output-dir", run]
+        try:
+            if script == "dpo" and not (data / "pairs.jsonl").exists():  # of the start's own samples
+                scored = ["--reward", "length", *reward[2:]] if args.quick else reward  # as two steps get nothing right
+                made = ["--model", start, "--data", data / "train.jsonl", "--output", data / "pairs.part", *scored]
+                python(HERE / "pairs.py", *made, "--prompts", pairs, "--prompts-per-batch", prompts)
+                (data / "pairs.part").rename(data / "pairs.jsonl")
+            if not (run / "model").exists():
+                python(HERE.parent / f"{script}.py", *flags, *shlex.split(args.more))
+            (run / "checkpoint" / "state.pt").unlink(missing_ok=True)  # three times as large as the model
+        except SystemExit as error:  # such as too little memory: the others go on
+            if name == "warm-up":
+                raise
+            failed.append(f"{name}: {error}")
+    names = [name for name in RUNS if (out / name / "model").exists()]
     (out / "table.md").write_text(table(out, names, problems), encoding="utf-8")
     (out / "completions.md").write_text(completions(out, names), encoding="utf-8")
     print((out / "table.md").read_text(encoding="utf-8"))
     draw(out, names)
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from here") from None

@@ -31,3 +31,6 @@ def test_one_command_trains_by_each_script_and_goes_on_where_it_stopped(tmp_path
     assert done.returncode == 0 and done.stdout.count("grpo: held-out accuracy") == 1, done.stderr[-2000:]
     assert "reinforce: held-out accuracy" not in done.stdout
     assert (out / "reinforce" / "model" / "config.json").stat().st_mtime_ns == kept
+
+    done = run_python(*map(str, command), "--num-steps", "9", cwd=REPO)
+    assert done.returncode == 1 and "holds runs of other settings" in done.stderr
