@@ -41,7 +41,6 @@ RUNS = {  # name: script and flags, or another run and what it has besides; the 
     "grape-no-std": "grape --scale none",
     "grpo-too-fast": "grpo --learning-rate 2e-4 {few}",
     "grpo-too-often": "grpo --num-epochs 8 --num-minibatches 4 {few}",
-    "grpo-unclipped": "grpo-too-often --clip-low 1 --clip-high 1000",
     "dpo-too-loose": "dpo --beta 0.1",
     "reinforce-2": "reinforce --seed 2",
     "grpo-2": "grpo --seed 2",
@@ -50,7 +49,7 @@ RUNS = {  # name: script and flags, or another run and what it has besides; the 
 PANELS = {  # title: what along x, runs
     "held-out accuracy, greedy": ("minutes", "sft random rejection_sampling reinforce grpo ppo trpo dpo grape"),
     "by completions sampled": ("completions", "random rejection_sampling reinforce grpo ppo trpo grape"),
-    "wrong settings": ("steps", "grpo grpo-too-fast grpo-too-often grpo-unclipped dpo dpo-too-loose"),
+    "wrong settings": ("steps", "grpo grpo-too-fast grpo-too-often dpo dpo-too-loose"),
 }
 
 
