@@ -78,7 +78,6 @@ def measure(name, device_name, prompts, samples, prompt_tokens, tokens, vocab_si
     """Seconds, shares of the roof and memory of one rollout and one forward and backward pass of the same sizes."""
     args = grpo.Args(device=device_name)
     device, autocast = common.pick_device(args), common.autocast(args)
-    flops, bandwidth = roof(device, autocast)
     model = build(name, device, vocab_size)
     V, B = model.config.get_text_config().vocab_size, prompts * samples
     multiplying = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n)
@@ -105,6 +104,8 @@ def measure(name, device_name, prompts, samples, prompt_tokens, tokens, vocab_si
         logprobs.sum().backward()
 
     update = seconds(update, device, 2)
+    memory = memory_peak(device) - before  # before the roof is measured, which takes memory too
+    flops, bandwidth = roof(device, autocast)
     computed = prompts * prompt_tokens + B * (tokens - 1)
     return {
         "rollout": rollout,
@@ -113,7 +114,7 @@ def measure(name, device_name, prompts, samples, prompt_tokens, tokens, vocab_si
         "products": products / rollout,
         "update": update,
         "update_flops": 6 * (multiplying * computed + head * B * tokens) / update / flops,
-        "memory": memory_peak(device) - before,
+        "memory": memory,
         "roof": [flops, bandwidth],
     }
 
