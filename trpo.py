@@ -271,8 +271,8 @@ def surrogate_and_kl(model, old_model, chunks, *, temperature):
         # normalised once more: that float32's probabilities do not quite add up to 1 moves a KL by 1e-7
         old, new = (x.to(dtype).log_softmax(-1) for x in (old, new))  # [n, V]
         kl += (old.exp() * (old - new)).sum() / tokens
-        kept = chunk[3] > 0  # [b, T]
-        log_ratio = (new - old).gather(-1, chunk[2][kept][:, None])[:, 0]  # [n]
+        completion_ids, kept = chunk[2], chunk[3] > 0  # [b, T]
+        log_ratio = (new - old).gather(-1, completion_ids[kept][:, None])[:, 0]  # [n]
         surrogate += (advantages.repeat_interleave(kept.sum(1)) * log_ratio.exp()).sum() / tokens
     return common.total(surrogate), common.total(kl)
 

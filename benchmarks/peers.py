@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/arithmetic")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", default=[], choices=list(PEERS))
-    parser.add_argument("--size", nargs=3, type=int, default=(2, 8, 64), help="of other models than ours")
+    parser.add_argument("--size", nargs=3, type=int, default=(2, 8, 64), help="prompts, samples, tokens; not of ours")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ppo-trl", default="", help="folder with trl 1.12.0")
     parser.add_argument("--spin", action="store_true", help="both with OMP_WAIT_POLICY=ACTIVE")
