@@ -169,7 +169,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) of given completions [B, T], 0 after their end, under the temperature that sampled them.
 
-    No logits are made of prompts or padding, and no more than 2**24 logits at a time.
+    Logits are made of completion tokens only, 2**24 at a time; up to 2**26 are held for the backward pass.
     """
     width = int(completion_mask.sum(1).max().clamp(min=1))
     completion = completion_ids[:, : width - 1], completion_mask[:, : width - 1]  # the last token is a target only
@@ -183,7 +183,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
     size = max(1, 2**24 // model.config.get_text_config().vocab_size)
     chunks = list(zip(hidden.split(size), targets.split(size)))
-    again = len(chunks) > 1  # recomputed in the backward pass, so only one chunk's logits exist at a time
+    again = len(chunks) > 4  # too many to hold: a chunk's logits are made again in the backward pass
     logprobs = torch.cat([checkpoint(of_chunk, *c, use_reentrant=False) if again else of_chunk(*c) for c in chunks])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 

@@ -196,16 +196,20 @@ def test_equal_prompts_are_computed_once_and_get_their_gradient(model):
     torch.testing.assert_close(gradient, total, atol=1e-4 * total.abs().max().item(), rtol=1e-3)
 
 
-def test_log_probs_are_made_in_chunks_of_the_vocabulary(model):
-    """With a vocabulary said to be of 2**22 no more than 4 tokens have logits at a time; the same numbers come out."""
+@pytest.mark.parametrize("log2, size, passes", [(22, 4, 2), (20, 16, 1)])
+def test_log_probs_are_made_in_chunks_of_the_vocabulary(model, log2, size, passes):
+    """With a vocabulary said to be of 2**22 no more than 4 tokens have logits at a time; the same numbers come out.
+
+    Up to four chunks, 2**26 logits, are held for the backward pass, more are made again in it.
+    """
     whole, gradient = scored(model, GROUPS, COMPLETIONS)
-    sizes = []
+    tokens, sizes = int((whole < 0).sum()), []
+    assert (tokens > 4 * size) == (passes == 2) and tokens > size
     hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
-    model.config.vocab_size = 2**22
+    model.config.vocab_size = 2**log2
     chunked, again = scored(model, GROUPS, COMPLETIONS)
     hook.remove()
-    tokens = int((whole < 0).sum())
-    assert max(sizes) == 4 and sum(sizes) == 2 * tokens  # once forward, once more in the backward pass
+    assert max(sizes) == size and sum(sizes) == passes * tokens
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(again, gradient, atol=1e-6 * gradient.abs().max().item(), rtol=1e-4)
 
