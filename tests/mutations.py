@@ -252,8 +252,8 @@ MUTATIONS = [
         "A11",
         "nor before a completion.",
         "common.py",
-        "(tokenizer(x, add_special_tokens=False).input_ids for x in texts)",
-        "(tokenizer(x).input_ids for x in texts[:1] + [texts[1][len(before):]])",
+        "    ids = ids[len(head) :]\n",
+        "    ids = tokenizer(text[len(start) :]).input_ids\n",
         COMMON + "a_template_that_writes_bos_gets_no_second_one",
     ),
     Mutation(
