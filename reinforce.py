@@ -160,7 +160,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
     size = max(1, 2**24 // model.config.get_text_config().vocab_size)
     chunks = list(zip(hidden.split(size), targets.split(size)))
-    again = len(chunks) > 4  # too many to hold: a chunk's logits are made again in the backward pass
+    again = len(chunks) > 4  # more than 2**26 logits are not held: each chunk's are made again in the backward pass
     logprobs = torch.cat([checkpoint(of_chunk, *c, use_reentrant=False) if again else of_chunk(*c) for c in chunks])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 

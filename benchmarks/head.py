@@ -3,10 +3,10 @@
 python benchmarks/head.py                            SmolLM2's head: 49,152 tokens, hidden size 576
 python benchmarks/head.py --vocab 151936 --hidden 896
 
-token_logprobs of the scripts makes chunks of 2**24 logits. Up to four chunks are held for the backward pass, more are
-made again in it. "One buffer" is an autograd function that keeps the logits only and makes their gradient in their
-place. Memory is the highest of the process beyond the head's weight and gradient. Each cell is a process of its own,
-the median of 5 passes.
+token_logprobs of the scripts makes chunks of 2**24 logits: up to four are "held" for the backward pass, more are made
+"again" in it. Here each way takes any number. "One buffer" is an autograd function that keeps the logits only and makes
+their gradient in their place. Memory is the highest of the process beyond the head's weight and gradient. Each cell is
+a process of its own, the median of 5 passes.
 """
 
 import resource
@@ -33,6 +33,8 @@ class Args:
 
 
 class OneBuffer(torch.autograd.Function):
+    """Log-probs [n] of targets [n] from logits [n, V], whose memory becomes that of their gradient."""
+
     @staticmethod
     def forward(ctx, logits, targets):
         normalizer = torch.cat([part.logsumexp(-1, keepdim=True) for part in logits.split(256)])

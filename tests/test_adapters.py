@@ -130,7 +130,7 @@ def test_a_resumed_run_with_adapters_is_the_uninterrupted_one(module, tmp_path, 
     longer = {"num_steps": 4, "lora_rank": 2}
     whole = train(module, tmp_path / "whole", **longer)
     monkeypatch.setattr(common.Run, "check_finite", die_at(4))
-    torch.rand(1)  # what was drawn before a run is nothing to its adapters
+    torch.rand(1)  # a run's first adapters must not depend on what was drawn before it
     with pytest.raises(Killed):
         train(module, tmp_path / "killed", **longer)
     monkeypatch.undo()
