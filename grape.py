@@ -1,39 +1,35 @@
 """GRAPE: the reward of a completion is a rubric of its prompt's category, each item weighted by how sure its critic is.
 
 A rubric has items k with weights w_k: verifiers, functions that check a completion, and questions to a critic model. An
-item gives completion i a score s_ik and a confidence p_ik, both from 0 to 1. The reward is the mean over those items
-that could be scored for it, each weighted by w_k and by c_k, the mean of p_ik over the completions of the prompt (or of
-the batch):
+item gives completion i a score s_ik and a confidence p_ik, from 0 to 1. With c_k, the mean of p_ik over the completions
+of the prompt (or the batch), the reward is a mean over those items that could be scored:
 
     R_i = sum_k w_k c_k s_ik / sum_k w_k c_k
 
 Then A_i = (R_i - mean R) / std R over the G completions of a prompt, and the loss is that of grpo.py. A rubric of one
 item with confidence 1 is GRPO itself, to the last bit.
 
-Known of GRAPE, from public accounts of arXiv 2509.04501: rubrics by category of prompt in place of one reward model;
-items checked against the truth, or scored by a prompted critic that also gives a confidence; items weighted by their
-average confidence; the advantage relative to the other completions of the prompt; PPO's clipped update; GRPO as the
-case of one item.
-Our reconstruction, and nobody else's word, is the rest: the formula above, its normalisation and scope; that a verifier
-has confidence 1, and that an item without a score is left out; division by std and all settings of the loss, which are
-grpo.py's; and how a critic is read, by its next-token probabilities: score p(yes) / (p(yes) + p(no)), confidence
-|p(yes) - p(no)|. As in grpo.py the reference stays the starting model, and
-dynamic sampling (arXiv 2503.14476) is left out. Clip range, std and beta default to those of the loss type's own paper.
+Known of GRAPE, from public accounts of arXiv 2509.04501: rubrics by category in place of one reward model; items that
+are checked against the truth, or scored by a prompted critic that also gives a confidence; items weighted by average
+confidence; the advantage relative to the other completions of the prompt; PPO's clipped update; GRPO as the case of one
+item. Our reconstruction: the formula, its scope; that a verifier has confidence 1, an item without a score is left out;
+the settings of the loss; how a critic is read: score p(yes) / (p(yes) + p(no)), confidence |p(yes) - p(no)|.
 
     python grape.py
     python grape.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
-        --rubric rubrics/gsm8k.json --micro-batch-size 8 --max-new-tokens 512 --eval-every 50 --eval-prompts 100
+        --rubric examples/rubrics/gsm8k.json --micro-batch-size 8 --max-new-tokens 512 --eval-every 50
 
-A row of the .jsonl file: {"prompt": "What is 37 + 48?", "answer": "85"}; every column reaches the reward by name.
-A rubric file; where there are several, the rows name theirs in a column "category":
+A row of the .jsonl file, and a rubric file; where there are several, the rows name theirs in a column "category":
 
-    {"category": "arithmetic", "items": [{"name": "right", "weight": 1, "verifier": "exact_answer"},
-                                         {"name": "clear", "weight": 1, "question": "Is the answer clearly stated?"}]}
+    {"prompt": [{"role": "user", "content": "What is 37 + 48?"}], "answer": "85"}
+    {"category": "sums", "items": [{"name": "right", "weight": 2, "verifier": "exact_answer"},
+                                   {"name": "clear", "weight": 1, "question": "Is the answer clearly stated?"}]}
 """
 
 import json
+import math
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -48,17 +44,17 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class Args:
     model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
-    data: str = "arithmetic"  # `arithmetic`, a .jsonl file, or a hub data set id
+    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl, .csv or .parquet file, or a hub data set id
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
-    reward: tuple[str, ...] = ("exact_answer",)  # or math, format, length, file.py:function; the first also evaluates
+    reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
     num_steps: int = 150  # steps; each takes the next batch of prompts
     prompts_per_step: int = 16  # prompts in a step
     samples_per_prompt: int = 8  # completions of each prompt
-    micro_batch_size: int = 128  # sequences in one forward and backward pass: sets the memory, not the result
+    micro_batch_size: int = 128  # completions in one forward and backward pass: sets the memory, not the result
     max_new_tokens: int = 8  # tokens in a completion, its stop token included
     temperature: float = 1.0  # divides the logits, in sampling and in every log-prob
-    learning_rate: float = 1e-4  # peak learning rate of AdamW; it falls linearly to 0
+    learning_rate: float = 1e-4  # peak learning rate of AdamW, which falls to 0 at the end
     warmup_steps: int = 0  # steps over which the learning rate rises from 0
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     seed: int = 1  # seed of all random numbers
@@ -72,16 +68,15 @@ class Args:
     output_dir: str = ""  # folder of the run; runs/<script>-<time> without it
     resume: str = ""  # folder of a run to continue
     track: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
+
+    # the algorithm's own
     num_epochs: int = 1  # passes over the completions of a step
     num_minibatches: int = 1  # optimizer steps in a pass
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"  # see above; sets the next four
-    clip_low: float | None = None  # the ratio is clipped below at 1 - clip_low
-    clip_high: float | None = None  # the ratio is clipped above at 1 + clip_high
-    scale: Literal["std", "none"] | None = None  # whether a group's advantages are divided by its standard deviation
-    beta: float | None = None  # weight of the KL to the starting model in the loss; 0 loads no second model
-    kl_estimator: Literal["k3", "k2"] = "k3"  # estimate of that KL
-    overlong_buffer: int = 0  # reward falls by up to 1 over the last so many tokens (arXiv 2503.14476, eq. 13)
-    rubric: tuple[str, ...] = ("rubrics/arithmetic.json",)  # rubric files, one for each category of prompts
+    clip_low: float = 0.2  # the ratio is clipped below at 1 - clip_low
+    clip_high: float = 0.2  # the ratio is clipped above at 1 + clip_high
+    scale: Literal["std", "none"] = "std"  # whether a group's advantages are divided by its standard deviation
+    beta: float = 0.04  # weight of the KL to the starting model in the loss; 0 loads no second model
+    rubric: tuple[str, ...] = ("examples/rubrics/arithmetic.json",)  # rubric files, one for each category of prompts
     critic_model: str = ""  # folder or hub id of the model that answers questions; the starting model without it
     confidence_scope: Literal["group", "batch", "none"] = "group"  # over what confidences are averaged
 
@@ -90,61 +85,46 @@ class Args:
             raise SystemExit("--samples-per-prompt: a completion is compared with others of its prompt; give 2 or more")
 
 
-PAPER_SETTINGS = {
-    "grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "std", "beta": 0.04},
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "scale": "std", "beta": 0.0},
-    "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "none", "beta": 0.0},
-    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "scale": "std", "beta": 0.0},
-    "cispo": {"clip_low": 1.0, "clip_high": 4.0, "scale": "std", "beta": 0.0},  # r in 0 .. 5 (arXiv 2510.13786)
-}
-
 CRITIC_PROMPT = "Question: {prompt}\n\nAnswer: {completion}\n\n{question} Reply with yes or no.\n\nReply:"
-
-
-def sample(logits, temperature):
-    """A token [b, 1] for each row of logits [b, V], from the softmax at the temperature (0: greedy); its log-prob."""
-    log_softmax = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    if temperature > 0:  # by one random number a row; torch.multinomial draws V of them, which takes longer
-        dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-        cdf = log_softmax.exp().cumsum(-1, dtype=dtype)
-        uniform = torch.rand(len(cdf), 1, dtype=dtype, device=cdf.device)
-        token = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
-    else:
-        token = log_softmax.argmax(-1, keepdim=True)
-    return token, log_softmax.gather(1, token)[:, 0]
 
 
 @torch.no_grad()
 def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_prompt=1, temperature=0.0):
-    """Sample completions from the plain softmax at the temperature, 0 being greedy: no top-k, top-p or penalties.
+    """Sample from the plain softmax at the temperature (0: greedy), for left-padded prompts [N, P], until a stop token.
 
-    Each prompt, left-padded in prompt_ids and prompt_mask [N, P], is prefilled once, and its KV cache repeated for its
-    samples; a row leaves the batch with its first stop token. Returns completion_ids, completion_mask (1.0 up to and
-    including that token), the log-probs of the sampled tokens, all [B, T], B = N * samples_per_prompt, and truncated
-    [B]: whether a completion has no stop token.
+    Returns completion_ids, completion_mask (1.0 up to and including the first stop token), the log-probs of the tokens,
+    all [B, T], B = N * samples_per_prompt, a prompt's adjacent, and truncated [B]: whether one has no stop token.
     """
     stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
     prompt_of = torch.arange(len(prompt_ids), device=prompt_ids.device).repeat_interleave(samples_per_prompt)  # [B]
     alive = torch.arange(len(prompt_of), device=prompt_ids.device)  # rows of the result that are still in the batch
     completion_ids = prompt_ids.new_zeros(len(alive), max_new_tokens)
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
-    logprobs, truncated = torch.zeros_like(completion_mask), torch.ones_like(alive, dtype=torch.bool)
+    logprobs = torch.zeros_like(completion_mask)
+    truncated = torch.ones_like(alive, dtype=torch.bool)
     token, mask, cache = prompt_ids, prompt_mask, None
     for t in range(max_new_tokens):
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = output.logits[:, -1]  # [N, V] of the prompts, then [b, V] of the rows in the batch
-        if t == 0:
-            cache, logits, mask = output.past_key_values, logits[prompt_of], mask[prompt_of]
-            cache.reorder_cache(prompt_of)  # one copy for each sample; every kind of cache has this
-        token, logprob = sample(logits, temperature)  # [b, 1], [b]
+        log_softmax = (output.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [N, V], then [b, V]
+        if t == 0:  # each prompt was read once; its samples go on from copies of its cache
+            cache, log_softmax, mask = output.past_key_values, log_softmax[prompt_of], mask[prompt_of]
+            cache.reorder_cache(prompt_of)  # every kind of cache has this
+        if temperature > 0:  # by one random number a row; torch.multinomial draws V of them, which takes longer
+            cdf = log_softmax.exp().cumsum(-1, dtype=torch.float32 if mask.device.type == "mps" else torch.float64)
+            token = torch.searchsorted(cdf, torch.rand_like(cdf[:, -1:]) * cdf[:, -1:], right=True)  # [b, 1]
+            token = token.clamp(max=cdf.shape[1] - 1)
+        else:
+            token = log_softmax.argmax(-1, keepdim=True)
+        completion_ids[alive, t] = token[:, 0]
+        completion_mask[alive, t] = 1.0
+        logprobs[alive, t] = log_softmax.gather(1, token)[:, 0]
         going = ~torch.isin(token[:, 0], stop_ids)
-        completion_ids[alive, t], logprobs[alive, t] = token[:, 0], logprob
-        completion_mask[alive, t], truncated[alive] = 1.0, going
+        truncated[alive] = going
         if not going.any():
             break
-        if not going.all():
+        if not going.all():  # rows with a stop token leave the batch
             cache.reorder_cache(going.nonzero()[:, 0])
             alive, token, mask = alive[going], token[going], mask[going]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -152,79 +132,70 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
 
 
 def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask):
-    """The trunk's states [B, T+1, H] after a prompt [B, P] and after each token of its completion [B, T].
-
-    Rows with the same prompt share one pass over it: its KV cache is repeated for them, and gradients flow back through
-    the cache. That pays from two rows a prompt on.
-    """
-    trunk = getattr(model, "trunk", model.base_model)  # the model without its head; FSDP must be entered by model.trunk
-    first = int(prompt_mask.argmax(1).min())
-    prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]  # without what is padding in every row
-    prompts, row_of = torch.unique(torch.cat([prompt_mask, prompt_ids], 1), dim=0, return_inverse=True)  # [N, 2P], [B]
-    attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)  # [B, P+T]
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    P = prompt_ids.shape[1]
-    alone = completion_ids.shape[1] == 0 or 2 * len(prompts) > len(prompt_ids)  # fewer than two rows a prompt
-    if common.anywhere(alone or not common.shares_prompts(model.base_model)):
-        input_ids = torch.cat([prompt_ids, completion_ids], 1)
-        output = trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-        return output.last_hidden_state[:, P - 1 :]
-    mask, input_ids = prompts.split(P, 1)  # [N, P]
-    settings = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    output = trunk(input_ids=input_ids, use_cache=True, **settings)
-    cache, after_prompt = output.past_key_values, output.last_hidden_state[row_of, -1:]  # [B, 1, H]
-    cache.reorder_cache(row_of)
-    settings = {"attention_mask": attention_mask, "position_ids": position_ids[:, P:], "past_key_values": cache}
-    output = trunk(input_ids=completion_ids, use_cache=True, **settings)
-    return torch.cat([after_prompt, output.last_hidden_state], 1)
+    """States [b, longest, H], without the head, from which each token of the completions is chosen. A prompt's G
+    completions share one pass over it, by copies of its KV cache, through which gradients flow back."""
+    G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
+    read = max(1, longest - 1)  # nobody reads the last token; but one at least: FSDP needs equal passes everywhere
+    ids = completion_ids[:, :read]
+    mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    if G == 1 or not model.shares_prompts:  # one pass over prompts and completions
+        ids = torch.cat([prompt_ids.repeat_interleave(G, 0), ids], 1)
+        output = model.trunk(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        return output.last_hidden_state[:, P - 1 :][:, :longest]
+    inputs = {"input_ids": prompt_ids, "attention_mask": prompt_mask, "position_ids": positions[::G, :P]}
+    prompts = model.trunk(**inputs, use_cache=True)
+    prompts.past_key_values.reorder_cache(torch.arange(len(prompt_ids), device=ids.device).repeat_interleave(G))
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions[:, P:]}
+    completions = model.trunk(**inputs, past_key_values=prompts.past_key_values, use_cache=True)
+    after_prompt = prompts.last_hidden_state[:, -1:].repeat_interleave(G, 0)  # [b, 1, H]
+    return torch.cat([after_prompt, completions.last_hidden_state], 1)[:, :longest]
 
 
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
-    """log pi(y_t | x, y_<t) of given completions [B, T], 0 after their end, under the temperature that sampled them.
+    """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
     Logits are made of completion tokens only, 2**24 at a time; up to 2**26 are held for the backward pass.
     """
-    width = int(completion_mask.sum(1).max().clamp(min=1))
-    completion = completion_ids[:, : width - 1], completion_mask[:, : width - 1]  # the last token is a target only
-    hidden = hidden_states(model, prompt_ids, prompt_mask, *completion)  # [B, width, H]
-    kept = completion_mask > 0  # [B, T]: the state at t predicts token t
-    hidden, targets = hidden[kept[:, :width]], completion_ids[kept]  # [n, H], [n]
+    hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
+    kept = completion_mask > 0  # [b, T]
+    hidden, targets = hidden[kept[:, : hidden.shape[1]]], completion_ids[kept]  # [k, H], [k]
 
-    def of_chunk(hidden, targets):  # [n]; softmax in float32: huggingface/transformers#31267
-        log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [n, V]
+    def of_chunk(hidden, targets):  # [k]; softmax in float32: huggingface/transformers#31267
+        log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [k, V]
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2**24 // model.config.get_text_config().vocab_size)
-    chunks = list(zip(hidden.split(size), targets.split(size)))
-    again = len(chunks) > 4  # more than 2**26 logits are not held: each chunk's are made again in the backward pass
-    logprobs = torch.cat([checkpoint(of_chunk, *c, use_reentrant=False) if again else of_chunk(*c) for c in chunks])
+    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
+        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False)
+    logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
 
+@torch.no_grad()
 def batch_logprobs(model, batch, args):
     """token_logprobs [B, T] of a whole batch, one micro-batch at a time."""
-    micros = zip(*(x.split(args.micro_batch_size) for x in batch))
-    return torch.cat([token_logprobs(model, *micro, temperature=args.temperature) for micro in micros])
+    logprobs = torch.zeros_like(batch[3])
+    for rows, inputs in common.micro_batches(batch, torch.arange(len(batch[0])), args.micro_batch_size):
+        with common.autocast(args):
+            logprobs[rows] = token_logprobs(model, *inputs, temperature=args.temperature)
+    return logprobs
 
 
 def load_rubrics(paths, rows=()):
     """{category: items} of rubric files; the function stands in place of the name of an item's verifier."""
     rubrics = {}
-    for path in map(common.bundled, paths):
-        mistakes = (OSError, ValueError, KeyError, TypeError)
-        with common.explained(f"--rubric {path}; see the example in grape.py's docstring", mistakes):
-            rubric = json.loads(Path(path).read_text(encoding="utf-8"))
-            category, items = rubric["category"], {item["name"]: item for item in rubric["items"]}
-            for item in rubric["items"]:
-                if ("verifier" in item) == ("question" in item) or not item["weight"] > 0:
-                    raise ValueError(f'{item} needs a "weight" above 0 and a "verifier" or a "question"')
-            if not items or category in rubrics or len(items) < len(rubric["items"]):
-                raise ValueError("no items, a second rubric of this category, or a second item of one name")
-        for item in items.values():
+    for path in paths:
+        rubric = json.loads(Path(path).read_text(encoding="utf-8"))
+        category, items = rubric["category"], rubric["items"]
+        for item in items:
+            if ("verifier" in item) == ("question" in item) or not item["weight"] > 0:
+                raise SystemExit(f'--rubric {path}: {item} needs a "weight" above 0 and a "verifier" or a "question"')
             if "verifier" in item:
-                where = f"--rubric {path}, verifier"
-                item["verifier"] = common.load_function(item["verifier"], rows, Path(path).parent, where)
-        rubrics[category] = list(items.values())
+                item["verifier"] = common.load_function(item["verifier"], Path(path).parent)
+        if category in rubrics or len({item["name"] for item in items}) < max(1, len(items)):
+            raise SystemExit(f"--rubric {path}: no items, two of one name, or a second rubric of its category")
+        rubrics[category] = items
     if len(rubrics) > 1 and (other := {str(row.get("category")) for row in rows} - rubrics.keys()):
         raise SystemExit(f'--data: a "category" is {min(other)}, none of {", ".join(rubrics)}')
     return rubrics
@@ -232,78 +203,70 @@ def load_rubrics(paths, rows=()):
 
 @torch.no_grad()
 def ask_critic(critic, tokenizer, question, rows, completions, *, batch_size):
-    """Scores and confidences [2, B] of a yes-no question on each completion, by the critic's next-token probabilities.
-
-    NaN where the critic gives yes and no less than 1 % together: that is no answer.
-    """
+    """Scores and confidences [2, B] of a yes-no question on each completion, by the critic's next-token probabilities;
+    NaN where yes and no have less than 1 % together, which is no answer, or where the question is too long."""
     spellings = [[word, word.title(), f" {word}", f" {word.title()}"] for word in ("yes", "no")]
     yes, no = ({tokenizer(text, add_special_tokens=False).input_ids[0] for text in texts} for texts in spellings)
     yes, no = sorted(yes - no), sorted(no - yes)  # a token that begins both, a space, tells nothing
-    context, answers = common.context_length(critic), []
-    prompts = [common.text_of(row["prompt"]) for row in rows]
-    asked = [CRITIC_PROMPT.format(prompt=p, completion=c, question=question) for p, c in zip(prompts, completions)]
-    texts = list(dict.fromkeys(asked))  # once about equal completions of a prompt
-    for start in range(0, len(texts), batch_size):
-        batch = [{"prompt": text} for text in texts[start : start + batch_size]]
-        input_ids, mask = common.prompt_batch(tokenizer, batch, critic.device)
-        if input_ids.shape[1] > context:
-            length = f"a question of {input_ids.shape[1]} tokens"
-            raise SystemExit(f"--critic-model: {length} is longer than its context of {context}")
+    asked = []  # (token ids, row) of each question
+    for row, completion in zip(rows, completions):
+        text = CRITIC_PROMPT.format(prompt=common.text_of(row["prompt"]), completion=completion, question=question)
+        message = [{"role": "user", "content": text}] if tokenizer.chat_template else text
+        row = {"prompt": message, "chat_template_kwargs": row.get("chat_template_kwargs")}
+        asked.append((tuple(common.prompt_tokens(tokenizer, row)), row))
+    readable, answers = [one for one in dict(asked).items() if len(one[0]) <= critic.context_length], {}  # each once
+    for start in range(0, len(readable), batch_size):
+        batch = dict(readable[start : start + batch_size])
+        input_ids, mask = common.prompt_batch(tokenizer, batch.values(), critic.device)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        probabilities = critic(**inputs, logits_to_keep=1).logits[:, -1].float().softmax(-1)  # [b, V]
+        hidden = critic.trunk(**inputs, use_cache=False).last_hidden_state[:, -1]  # [b, H]
+        probabilities = common.logits_of(critic, hidden).float().softmax(-1)  # [b, V]
         p_yes, p_no = probabilities[:, yes].sum(1), probabilities[:, no].sum(1)
-        answer = torch.stack([p_yes / (p_yes + p_no), (p_yes - p_no).abs()])  # [2, b]: score and confidence
-        answers.append(answer.where(p_yes + p_no >= 0.01, float("nan")))
-    answers = dict(zip(texts, torch.cat(answers, 1).cpu().T))
-    return torch.stack([answers[text] for text in asked], 1)
+        answer = torch.stack([p_yes / (p_yes + p_no), (p_yes - p_no).abs()], 1)  # [b, 2]
+        answers |= zip(batch, answer.where((p_yes + p_no >= 0.01)[:, None], math.nan).cpu())
+    return torch.stack([answers.get(ids, torch.tensor([math.nan] * 2)) for ids, _ in asked], 1)
 
 
 def call_verifier(name, function, rows, texts, ids=None):
     """Scores and confidences [2, B] by a reward function that returns pairs of them, or scores of confidence 1."""
-    values = common.call_rewards({name: function}, rows, texts, ids)[name]
+    values = common.call_reward(name, function, rows, texts, ids)
     pairs = [value if isinstance(value, tuple | list) else (value, 1.0) for value in values]
-    for pair in pairs:
-        if len(pair) != 2 or (pair[0] is not None and not 0 <= pair[1] <= 1):
-            raise SystemExit(f"verifier {name}: returned {pair}, not a score or (score, confidence from 0 to 1)")
-    return torch.stack([common.to_floats(name, values, texts) for values in zip(*pairs)])
+    for score, sure in pairs:
+        if score is not None and not (math.isfinite(score) and 0 <= sure <= 1):
+            raise SystemExit(f"verifier {name}: returned {score, sure}, not a score and a confidence from 0 to 1")
+    return torch.tensor([(math.nan, math.nan) if score is None else (score, sure) for score, sure in pairs]).T
 
 
 def score_rubrics(rubrics, ask, rows, texts, ids=None, **scope):
-    """Rewards [B] by the rubric of each row's category; scores and confidences [B] of each item, by its name.
-
-    ask(question, rows, texts) and an item's verifier give scores and confidences, NaN for none; scope as below.
-    """
-    names, ids = list(dict.fromkeys(i["name"] for items in rubrics.values() for i in items)), ids or [None] * len(rows)
+    """Rewards [B] by the rubric of each row's category; scores and confidences [B] of each item, by its name."""
+    names = list(dict.fromkeys(item["name"] for items in rubrics.values() for item in items))
     weights = torch.zeros(len(rows), len(names))  # [B, K]
-    scores, confidences = torch.full((2, *weights.shape), float("nan"))  # NaN where an item is of another category
-    for category, item in [(category, item) for category, items in rubrics.items() for item in items]:
+    scores, confidences = torch.full((2, *weights.shape), math.nan)  # NaN where an item is of another category
+    for category, items in rubrics.items():
         members = [i for i, row in enumerate(rows) if len(rubrics) == 1 or row["category"] == category]
-        own, k = [[column[i] for i in members] for column in (rows, texts, ids)], names.index(item["name"])
-        if members and "question" in item:
-            scores[members, k], confidences[members, k] = ask(item["question"], *own[:2])
-        elif members:
-            scores[members, k], confidences[members, k] = call_verifier(item["name"], item["verifier"], *own)
-        weights[members, k] = float(item["weight"])
+        own = [[column[i] for i in members] for column in (rows, texts, ids or [None] * len(rows))]
+        for item in items if members else ():
+            k = names.index(item["name"])
+            asked = "question" in item
+            judged = ask(item["question"], *own[:2]) if asked else call_verifier(item["name"], item["verifier"], *own)
+            scores[members, k], confidences[members, k] = judged  # [2, members]
+            weights[members, k] = float(item["weight"])
     rewards = rubric_rewards(scores, confidences, weights, **scope)
     return rewards, dict(zip(names, scores.T)), dict(zip(names, confidences.T))
 
 
 def rubric_rewards(scores, confidences, weights, *, samples_per_prompt, confidence_scope):
-    """R_i [B] above, of scores, confidences [B, K], weights [B, K] or [K]; a prompt's samples are adjacent.
-
-    NaN where no item could be scored; 0 where those that could have no confidence.
-    """
+    """R_i [B] above, of scores, confidences [B, K], weights [B, K] or [K]; NaN where no item could be scored."""
     scored = ~scores.isnan()  # [B, K]
     known, c = confidences.float().nan_to_num() * scored, torch.ones_like(scores)  # [B, K]
     if confidence_scope == "group":
-        groups = (len(scores) // samples_per_prompt, samples_per_prompt, scores.shape[1])
-        known, count = (x.view(groups).sum(1) for x in (known, scored))  # [N, K]
+        known, count = (x.view(-1, samples_per_prompt, x.shape[1]).sum(1) for x in (known, scored))  # [N, K]
         c = (known / count.clamp(min=1)).repeat_interleave(samples_per_prompt, 0)
     if confidence_scope == "batch":
         c = common.total(known.sum(0)) / common.total(scored.sum(0)).clamp(min=1)  # [K]
     shares = weights * c * scored
     shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-12)  # so the share of a lone item is exactly 1
-    return (shares * scores.float().nan_to_num()).sum(1).where(scored.any(1), float("nan"))
+    return (shares * scores.float().nan_to_num()).sum(1).where(scored.any(1), math.nan)
 
 
 def compute_advantages(rewards, *, samples_per_prompt, scale):
@@ -317,173 +280,134 @@ def compute_advantages(rewards, *, samples_per_prompt, scale):
     return centred.view(-1)
 
 
-def compute_ratio(logprobs, old_logprobs, completion_mask, *, loss_type):
-    """pi / pi_old of each token [B, T]; for gspo of each completion [B, 1], the geometric mean over its tokens."""
-    log_ratio = logprobs - old_logprobs
-    if loss_type == "gspo":
-        lengths = completion_mask.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = (log_ratio * completion_mask).sum(1, keepdim=True) / lengths
-    return log_ratio.clamp(-20, 20).exp()  # an infinite ratio times an advantage of 0 is NaN
-
-
 def policy_loss(
-    logprobs,
-    old_logprobs,
-    ref_logprobs,
-    advantages,
-    completion_mask,
-    *,
-    loss_type,
-    clip_low,
-    clip_high,
-    beta,
-    kl_estimator,
-    normalizer,
+    logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, *, clip_low, clip_high, beta, normalizer
 ):
-    """The formulas above: log-probs and mask [B, T], advantages [B]; ref_logprobs is not read where beta is 0.
-
-    The normalizer is loss_normalizer's of the whole minibatch.
-    """
-    ratio = compute_ratio(logprobs, old_logprobs, completion_mask, loss_type=loss_type)
+    """The loss of grpo.py; the normalizer is the number of completions in the whole minibatch."""
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()  # an infinite ratio times an advantage of 0 is NaN
     advantages = advantages[:, None]
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
-    if loss_type == "cispo":
-        loss = -clipped_ratio.detach() * advantages * logprobs
-    else:
-        loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
+    loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
     if beta:
         log_ref_ratio = ref_logprobs - logprobs
-        kl = log_ref_ratio.exp() - log_ref_ratio - 1 if kl_estimator == "k3" else log_ref_ratio.square() / 2
-        loss = loss + beta * kl
-    if loss_type in ("grpo", "gspo"):
-        loss = loss / completion_mask.sum(1, keepdim=True).clamp(min=1)
+        loss = loss + beta * (log_ref_ratio.exp() - log_ref_ratio - 1)
+    loss = loss / completion_mask.sum(1, keepdim=True).clamp(min=1)
     return (loss * completion_mask).sum() / normalizer
 
 
-def loss_normalizer(completion_mask, loss_type, max_new_tokens):
-    """What a minibatch's loss is divided by: its completions, its tokens, or the tokens it had room for."""
-    completions, tokens = completion_mask.any(1).sum(), completion_mask.sum()
-    return {"dapo": tokens, "cispo": tokens, "dr_grpo": completions * max_new_tokens}.get(loss_type, completions)
-
-
 def evaluate(run, step, model, tokenizer, rows, score, args):
-    """First rewards [n] of greedy completions of this process's held-out prompts; their mean is the accuracy."""
-    texts, ids, rows = [], [], common.share(rows)
-    size = args.prompts_per_step // common.WORLD_SIZE * getattr(args, "samples_per_prompt", 1)  # as in a rollout
+    """First rewards [n] of greedy completions of held-out prompts; their mean is the accuracy."""
+    texts, ids = [], []
     with common.autocast(args), common.gathered(model):
-        for start in range(0, len(rows), size):
-            prompts = common.prompt_batch(tokenizer, rows[start : start + size], model.device)
-            completion_ids, completion_mask, _, _ = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            decoded = common.decode(tokenizer, completion_ids, completion_mask)
-            texts, ids = texts + decoded[0], ids + decoded[1]
+        for batch in common.eval_batches(rows, args):
+            prompts = common.prompt_batch(tokenizer, batch, model.device)
+            completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
+            decoded = common.decode(tokenizer, *completions[:2])
+            texts += decoded[0]
+            ids += decoded[1]
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    return next(iter(components.values()))
+    first, *_ = components.values()
+    return first
 
 
-@common.restored()
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of each metric."""
     args = common.check_args(args)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    args = replace(args, **PAPER_SETTINGS[args.loss_type] | given)
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
     rubrics = load_rubrics(args.rubric, train_rows)
-    score = common.load_reward(args.reward, args.reward_weights, train_rows + eval_rows)
+    score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
-    device, autocast = common.pick_device(args), common.autocast(args)
-    model, tokenizer = common.load_model(args.model, device, train=args)
+    model, tokenizer = common.load_model(args.model, common.pick_device(args), args)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
-    ref_model = common.load_reference(args, model, device) if args.beta else None
+    ref_model = common.load_reference(args, model) if args.beta else None
+    critic, critic_tokenizer = ref_model, tokenizer  # no second copy of the start
     asks = any("question" in item for items in rubrics.values() for item in items)
-    critic, critic_tokenizer = (ref_model if asks else None), tokenizer  # no second copy of the start
     if asks and (args.critic_model or ref_model is None):
-        critic, critic_tokenizer = common.load_model(args.critic_model or args.model, device, named_by="--critic-model")
+        critic, critic_tokenizer = common.load_model(args.critic_model or args.model, model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     G = args.samples_per_prompt
     on_policy = args.num_epochs * args.num_minibatches == 1  # pi_old is then pi itself
-    sampling = {"samples_per_prompt": G, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    ask = autocast(partial(ask_critic, critic, critic_tokenizer, batch_size=args.micro_batch_size))
-    judge = partial(score_rubrics, rubrics, ask, samples_per_prompt=G, confidence_scope=args.confidence_scope)
-    loss_settings = {"loss_type": args.loss_type, "clip_low": args.clip_low, "clip_high": args.clip_high}
-    loss_settings |= {"beta": args.beta, "kl_estimator": args.kl_estimator}
 
     run.start(model=(model, optimizer))
     if run.done == 0:
         run.log(0, {"eval/accuracy": evaluate(run, 0, model, tokenizer, eval_rows, score, args)})
     for step in run.steps():
-        # 1. sample G completions of each of N prompts: B = N G sequences of P prompt and T completion tokens
+        # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
         rows = common.take_batch(train_rows, step, args)
-        padded = common.prompt_batch(tokenizer, rows, device)  # prompt_ids and prompt_mask [N, P]
-        with autocast, common.gathered(model):
-            completion_ids, completion_mask, sampled_logprobs, truncated = rollout(model, *padded, **sampling)  # [B, T]
-        prompt_ids, prompt_mask = (x.repeat_interleave(G, 0) for x in padded)  # [B, P]
-        lengths = completion_mask.sum(1)  # [B], as truncated is
+        prompts = common.prompt_batch(tokenizer, rows, model.device)  # prompt_ids and prompt_mask [N, P]
+        with common.autocast(args), common.gathered(model):
+            completion_ids, completion_mask, sampled_logprobs, truncated = rollout(  # [B, T], truncated [B]
+                model, *prompts, max_new_tokens=args.max_new_tokens, samples_per_prompt=G, temperature=args.temperature
+            )
+        lengths = completion_mask.sum(1)  # [B]
         run.lap("rollout")
 
         # 2. score
         texts, ids = common.decode(tokenizer, completion_ids, completion_mask)
-        with common.gathered(critic):
-            rewards, components, confidences = judge([row for row in rows for _ in range(G)], texts, ids)
-        rewards = rewards.to(device)  # [B]; NaN where nothing could score the completion,
+        ask = partial(ask_critic, critic, critic_tokenizer, batch_size=args.micro_batch_size)
+        with common.autocast(args), common.gathered(critic):
+            rewards, components, confidences = score_rubrics(
+                rubrics, ask, [row for row in rows for _ in range(G)], texts, ids, samples_per_prompt=G,
+                confidence_scope=args.confidence_scope,
+            )  # fmt: skip
+        rewards = rewards.to(model.device)  # [B]; NaN where nothing could score the completion,
         completion_mask[rewards.isnan()] = 0.0  # which then takes no part in the update, though its length is logged
-        batch = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+        batch = (*prompts, completion_ids, completion_mask)
         run.lap("score")
 
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
-        with torch.no_grad(), autocast:
-            old_logprobs = None if on_policy else batch_logprobs(model, batch, args)  # [B, T]
-            ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else sampled_logprobs  # [B, T]
-        overlong = (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / max(1, args.overlong_buffer)
-        advantages = compute_advantages(rewards - overlong, samples_per_prompt=G, scale=args.scale)  # [B]
+        old_logprobs = None if on_policy else batch_logprobs(model, batch, args)  # [B, T]
+        ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else None  # [B, T]
+        advantages = compute_advantages(rewards, samples_per_prompt=G, scale=args.scale)  # [B]
 
         # 4. update: in each epoch one optimizer step on each minibatch of prompts
-        decay = min(step / max(1, args.warmup_steps), 1) * (1 - (step - 1) / args.num_steps)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * decay
+        optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * common.decay(args, step)
         stats = defaultdict(float)
-        longest = lengths.view(-1, G).amax(1).cpu()  # [N]
         minibatches = [m for _ in range(args.num_epochs) for m in torch.randperm(len(rows)).chunk(args.num_minibatches)]
-        for prompts in minibatches:
-            prompts = prompts[longest[prompts].argsort(stable=True)]  # micro-batches then hold little padding
-            minibatch = (prompts[:, None] * G + torch.arange(G)).flatten().to(device)  # a prompt's rows together
-            tokens = common.total(completion_mask[minibatch].sum()).clamp(min=1)
-            normalizer = loss_normalizer(completion_mask[minibatch], args.loss_type, args.max_new_tokens)
-            normalizer = common.total(normalizer).clamp(min=1)
+        for minibatch in minibatches:
+            mask = completion_mask.view(len(rows), G, -1)[minibatch].flatten(0, 1)  # [n G, T]
+            tokens = common.total(mask.sum()).clamp(min=1)
+            completions = common.total(mask.any(1).sum()).clamp(min=1)
             if on_policy and not args.beta:
-                minibatch = common.nonzero_rows(minibatch, advantages)  # the others' gradient is 0
-            for micro in minibatch.split(args.micro_batch_size):
-                inputs, mask = [x[micro] for x in batch], completion_mask[micro]
-                with autocast:
+                minibatch = common.without_ties(minibatch, advantages.view(-1, G))  # the others' gradient is 0
+            for micro, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
+                mask = completion_mask[micro]  # [b, T]
+                with common.autocast(args):
                     logprobs = token_logprobs(model, *inputs, temperature=args.temperature)  # [b, T]
-                old, ref = logprobs.detach() if on_policy else old_logprobs[micro], ref_logprobs[micro]
-                loss = policy_loss(logprobs, old, ref, advantages[micro], mask, normalizer=normalizer, **loss_settings)
+                old = logprobs.detach() if on_policy else old_logprobs[micro]
+                ref = ref_logprobs[micro] if args.beta else None
+                loss = policy_loss(
+                    logprobs, old, ref, advantages[micro], mask, clip_low=args.clip_low, clip_high=args.clip_high,
+                    beta=args.beta, normalizer=completions,
+                )  # fmt: skip
                 loss.backward()
-                ratio = compute_ratio(logprobs.detach(), old, mask, loss_type=args.loss_type)
+                ratio = (logprobs.detach() - old).clamp(-20, 20).exp()
                 clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
                 stats["loss/policy"] += loss.detach()
                 stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
                 stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens  # k3 of KL(pi_old || pi)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            stats["grad_norm"] += run.check_finite(step, norm)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+            stats["grad_norm"] += float(norm)
             optimizer.step()
             optimizer.zero_grad()
         stats = {name: value / len(minibatches) for name, value in stats.items()}
         seconds = run.lap("update")
 
         # 5. log: numbers, parts of sums over all processes, and tensors whose mean is logged
-        scored, groups = completion_mask > 0, rewards.view(-1, G)
         metrics = stats | {
             **{f"reward/{name}": scores for name, scores in components.items()},
             "reward/mean": rewards,
             **{f"confidence/{name}": values for name, values in confidences.items()},
-            "policy/entropy": -sampled_logprobs[scored],
+            "policy/entropy": -sampled_logprobs[completion_mask > 0],
             "completion/length": lengths,
             "completion/truncated": truncated,
-            "group/zero_std": groups.amax(1) == groups.amin(1),
+            "group/zero_std": (rewards.view(-1, G) == rewards[::G, None]).all(1),
             "tokens_per_second": lengths.sum() / seconds,
+            "learning_rate": learning_rate,
         }
         if args.beta:
-            metrics["kl/ref"] = (sampled_logprobs - ref_logprobs)[scored]
+            metrics["kl/ref"] = (sampled_logprobs - ref_logprobs)[completion_mask > 0]
         run.log_samples(step, "train", tokenizer, rows[:1] * G, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
             metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, args)

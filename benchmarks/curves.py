@@ -29,10 +29,8 @@ FAILURES = {
 
 @dataclass
 class Args:
-    scripts: tyro.conf.Positional[tuple[str, ...]] = tuple(FAILURES)
-    """whose pictures"""
-    runs: Path = REPO / "runs" / "curves"
-    """folder of the runs"""
+    scripts: tyro.conf.Positional[tuple[str, ...]] = tuple(FAILURES)  # whose pictures
+    runs: Path = REPO / "runs" / "curves"  # folder of the runs
 
 
 def main(args: Args) -> None:
@@ -40,8 +38,8 @@ def main(args: Args) -> None:
         folders = [args.runs / script, args.runs / "-".join([script, *FAILURES[script]]).replace("---", "-")]
         for folder, flags in zip(folders, ((), FAILURES[script])):
             if not (folder / "model").exists():
-                command = [sys.executable, str(REPO / f"{script}.py"), *flags, "--output-dir", str(folder)]
-                subprocess.run(command, check=True)
+                command = [sys.executable, f"{script}.py", *flags, "--output-dir", str(folder.resolve())]
+                subprocess.run(command, cwd=REPO, check=True)
         labels = (f"{script}.py", " ".join([f"{script}.py", *FAILURES[script]]))
         plot.main(plot.Args(tuple(folders), labels, REPO / "docs" / "curves" / f"{script}.png"))
 

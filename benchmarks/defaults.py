@@ -41,17 +41,15 @@ RUNS = {  # name: script and flags, what it is, color of its curve (none: it is 
 
 @dataclass
 class Args:
-    runs: tuple[str, ...] = tuple(RUNS)
-    """which of the runs"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """which seeds"""
+    runs: tuple[str, ...] = tuple(RUNS)  # which of the runs
+    seeds: tuple[int, ...] = (1, 2, 3)  # which seeds
 
 
 def run(command: list[str], seed: int) -> dict:
     """The evaluations of one run: completions sampled, or shown by the data; seconds; held-out accuracy."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [*command[1:], "--seed", str(seed), "--output-dir", folder]
-        subprocess.run([sys.executable, REPO / f"{command[0]}.py", *flags], check=True, capture_output=True)
+        subprocess.run([sys.executable, f"{command[0]}.py", *flags], cwd=REPO, check=True, capture_output=True)
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         args = json.loads(Path(folder, "args.json").read_text())
     rows = [row for row in rows if "eval/accuracy" in row]
@@ -117,7 +115,6 @@ def draw(results: dict) -> None:
     axes[0].set_ylim(0.25, 1)
     axes[0].set_title("held-out accuracy, greedy; mean and range of three seeds", fontsize=10, loc="left")
     axes[1].legend(fontsize=9, frameon=False, loc="lower right")
-    PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=130)
 
 

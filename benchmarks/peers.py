@@ -56,6 +56,22 @@ def sizes(name, model, device, size):
     return {"prompts": prompts, "samples": samples, "tokens": 8, "steps": 50, "rate": 5e-5 if name == "dpo" else 1e-4}
 
 
+def sums(model):
+    """The data of both: models/arithmetic/sums.jsonl, as messages for a model with a chat template."""
+    import transformers
+
+    source, file = REPO / "models" / "arithmetic" / "sums.jsonl", Path(tempfile.mkdtemp(), "sums.jsonl")
+    if not transformers.AutoTokenizer.from_pretrained(model).chat_template:
+        return str(source)
+    with file.open("w") as lines:
+        for row in map(json.loads, source.read_text().splitlines()):
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            for column in ("completion", "chosen", "rejected"):
+                row[column] = [{"role": "assistant", "content": row[column].strip()}]
+            lines.write(json.dumps(row) + "\n")
+    return str(file)
+
+
 def spread(completions, **columns):
     """The reward of models that cannot add yet: where all fail alike, our update would have no rows at all."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -90,9 +106,8 @@ def ours(name, model, device, size):
         log(run, step, metrics)
 
     common.Run.log = spy
-    args = module.Args(
-        device=device, model=model, num_steps=size["steps"], prompts_per_step=size["prompts"], eval_every=10**9
-    )
+    args = module.Args(model=model, data=sums(model), device=device, eval_every=10**9)
+    args.num_steps, args.prompts_per_step = size["steps"], size["prompts"]
     args.output_dir, args.max_new_tokens, args.learning_rate = tempfile.mkdtemp(), size["tokens"], size["rate"]
     if name not in ("sft", "dpo"):
         args.samples_per_prompt = size["samples"]
@@ -133,18 +148,12 @@ def trls(name, model, device, size):
     import trl
 
     sys.path.insert(0, str(REPO))
-    import builtin_rewards  # after torch, so that its threads are as TRL's users have them
-    import common
+    import common  # after torch, so that its threads are as TRL's users have them
 
     size = sizes(name, model, device, size)
-    rows, held_out = common.load_data("arithmetic", "", 500, ("prompt",))
+    rows, held_out = common.load_data(sums(model), "", 500, ("prompt",))
     columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}.get(name, ("prompt", "answer"))
-    path = common.bundled(model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    if tokenizer.chat_template:  # of which ours makes a user's turn of the prompt
-        rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-        for column in ("completion", "chosen", "rejected"):
-            rows = [row | {column: [{"role": "assistant", "content": row[column]}]} for row in rows]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     data = datasets.Dataset.from_list([{column: row[column] for column in columns} for row in rows])
     B = size["prompts"] * size["samples"]  # of PPO as many prompts
     common_settings = {
@@ -168,10 +177,10 @@ def trls(name, model, device, size):
             ends.append(time.time())
             rollouts.append(0.0)
 
-    def reward(prompts, completions, completion_ids=None, answer=None, **more):
+    def reward(completions, completion_ids, answer, **columns):
         tokens.append(sum(map(len, completion_ids)) / len(completion_ids))
-        given = builtin_rewards.exact_answer if model == "models/arithmetic" else spread
-        return given(prompts=prompts, completions=completions, answer=answer)
+        given = common.exact_answer if model == "models/arithmetic" else spread
+        return given(completions=completions, answer=answer)
 
     def timed(function):
         def call(*args, **settings):
@@ -182,7 +191,7 @@ def trls(name, model, device, size):
 
         return call
 
-    start_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    start_model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if name == "sft":
         args = trl.SFTConfig(**common_settings, max_length=512)
         trainer = trl.SFTTrainer(start_model, args=args, train_dataset=data, processing_class=tokenizer)
@@ -194,7 +203,7 @@ def trls(name, model, device, size):
 
         # its reward is a model's: the sum of what the head gives, on the CPU the same work as one forward pass
         heads = [
-            transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+            transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
             for _ in range(2)
         ]
         del common_settings["max_steps"], common_settings["bf16"]
@@ -212,7 +221,7 @@ def trls(name, model, device, size):
             kl_coef=0.05,
         )
         ids = data.map(lambda row: {"input_ids": tokenizer(row["prompt"]).input_ids}, remove_columns=data.column_names)
-        reference = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         tokenizer.padding_side = "left"
         trainer = ppo.PPOTrainer(
             args=args,

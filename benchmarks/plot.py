@@ -36,12 +36,9 @@ COLOURS = ("#0b6e99", "#d1495b", "#66a182", "#8d6a9f", "#e09f3e", "#555555")
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """output folders of runs"""
-    labels: tuple[str, ...] = ()
-    """a name for each; its folder's without it"""
-    output: Path = Path("runs.png")
-    """the picture"""
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # output folders of runs
+    labels: tuple[str, ...] = ()  # a name for each; its folder's without it
+    output: Path = Path("runs.png")  # the picture
 
 
 def smooth(values: list[float], width: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""A real language model learns by each of the eight scripts, on the CPU of a laptop or on a GPU.
+"""A real language model learns by each of the eight scripts, on the CPU of a laptop or on a GPU; not on Windows.
 
 python -m pip install reasoning-gym matplotlib
 python benchmarks/real.py
@@ -12,6 +12,7 @@ docs/results.md shows what came out, and which settings are wrong on purpose.
 """
 
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -69,14 +70,18 @@ def flags_of(name: str) -> str:
     return f"{flags_of(first)} {more}" if first in RUNS and first != name else RUNS[name]
 
 
-def python(script: Path, *arguments) -> None:
+def python(script: Path, *arguments) -> float:
+    """Run a script; the most main memory that it had, in GB."""
     process = subprocess.Popen(list(map(str, [sys.executable, script, *arguments])))
     try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except KeyboardInterrupt:  # at which the script ends its step and saves its run
         process.wait()
-    finally:  # after Ctrl-C too, when the script ends its step and saves its run
-        process.wait()
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{script.name} ended with status {process.returncode}; the same command goes on from here")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def read(file: Path) -> list[dict]:
@@ -105,7 +110,8 @@ def table(out: Path, names: list[str], problems: int) -> str:
         sequences = sequences_of(out / name)
         drawn = f"{len(lengths) * sequences:,} | {sum(lengths) * sequences:,.0f}" if lengths else "none | none"
         result = f"{accuracy[0]:.3f} | {accuracy[-1]:.3f} ± {error:.3f} | {max(accuracy):.3f}"
-        memory, minutes = max(row["memory/peak"] or 0 for row in rows), minutes_of(rows) * rows[-1]["step"]
+        memory = max(row.get("memory/peak") or 0 for row in rows) or float((out / name / "memory").read_text())
+        minutes = minutes_of(rows) * rows[-1]["step"]
         lines.append(f"| {name} | {result} | {drawn} | {minutes:.1f} | {memory:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -149,7 +155,7 @@ def main(args: Args) -> None:
     out, data = args.output_dir, args.output_dir / "data"
     prompts, samples, steps, problems = (4, 2, 2, 8) if args.quick else (32, 8, args.num_steps, 500)
     warm_steps, pairs, every = (2, 16, 1) if args.quick else (8, 768 * steps // 30, 10)
-    places = {"data": data, "model": args.model, "rubric": HERE.parent / "rubrics" / "additions.json"}
+    places = {"data": data, "model": args.model, "rubric": HERE.parent / "examples" / "rubrics" / "additions.json"}
     longer = f"--num-steps {3 * steps} --eval-every {3 * every}"
     few = f"--num-steps {max(1, steps // 3)} --eval-every {max(1, every // 2)}"
     sizes = {"prompts": prompts, "samples": samples, "warm_steps": warm_steps, "longer": longer, "few": few}
@@ -174,12 +180,14 @@ def main(args: Args) -> None:
         flags = ["--resume", run] if (run / "args.json").exists() else [*flags, "--output-dir", run]
         try:
             if script == "dpo" and not (data / "pairs.jsonl").exists():  # of the start's own samples
-                scored = ["--reward", "length", *reward[2:]] if args.quick else reward  # as two steps get nothing right
+                length = f"{HERE.parent / 'examples' / 'rewards.py'}:length"
+                scored = ["--reward", length, *reward[2:]] if args.quick else reward  # as two steps get nothing right
                 made = ["--model", start, "--data", data / "train.jsonl", "--output", data / "pairs.part", *scored]
                 python(HERE / "pairs.py", *made, "--prompts", pairs, "--prompts-per-batch", prompts)
                 (data / "pairs.part").rename(data / "pairs.jsonl")
             if not (run / "model").exists():
-                python(HERE.parent / f"{script}.py", *flags, *shlex.split(args.more))
+                memory = python(HERE.parent / f"{script}.py", *flags, *shlex.split(args.more))
+                (run / "memory").write_text(f"{memory:.2f}")
             (run / "checkpoint" / "state.pt").unlink(missing_ok=True)  # three times as large as the model
         except SystemExit as error:  # such as too little memory: the others go on
             if name == "warm-up":

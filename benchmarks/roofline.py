@@ -19,14 +19,13 @@ import sys
 import time
 from pathlib import Path
 
-REPO = Path(__file__).parent.parent
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import common  # noqa: E402
-import grpo  # noqa: E402
+import common
+import grpo
 
-import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def seconds(function, device, repeats=3):
@@ -58,7 +57,7 @@ def build(name, device, vocab_size):
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
     config = LlamaConfig(vocab_size=vocab_size, eos_token_id=0, tie_word_embeddings=True, **sizes)
     model = LlamaForCausalLM(config).to(device).eval()
-    model.generation_config.eos_token_id = [0]
+    model.trunk, model.shares_prompts = model.model, True  # as common.load_model sets them
     return model
 
 
@@ -96,11 +95,10 @@ def measure(name, device_name, prompts, samples, prompt_tokens, tokens, vocab_si
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = memory_now(device)
-    rows = prompt_ids.repeat_interleave(samples, 0)
 
     def update():
         with autocast:
-            logprobs = grpo.token_logprobs(model, rows, torch.ones_like(rows), completion_ids, mask)
+            logprobs = grpo.token_logprobs(model, prompt_ids, torch.ones_like(prompt_ids), completion_ids, mask)
         logprobs.sum().backward()
 
     update = seconds(update, device, 2)
@@ -128,22 +126,18 @@ def main():
     if args.measure:
         print(json.dumps(measure(**json.loads(args.measure))))
         return
-    base = {"device_name": args.device, "prompts": 8, "samples": 8, "prompt_tokens": 32, "tokens": 32}
-    base["vocab_size"] = 10_000
+    base = {"prompts": 8, "samples": 8, "prompt_tokens": 32, "tokens": 32, "vocab_size": 10_000}
     steps = [{}, {"prompts": 1}, {"prompts": 32}, {"samples": 1}, {"samples": 32, "prompts": 2}]
     steps += [{"prompt_tokens": 128}, {"tokens": 8}, {"tokens": 128}]
-    rows = ["| model | prompts x samples | prompt + completion | V | rollout, s | of FLOP/s | of bandwidth "]
-    rows[0] += "| products "
-    rows[0] += "| update, s | of FLOP/s | memory, MB |"
-    rows.append("|" + "---|" * 11)
+    columns = "model, prompts x samples, prompt + completion, V, rollout (s), of FLOP/s, of bandwidth, products, "
+    columns += "update (s), of FLOP/s, memory (MB)"
+    rows = ["| " + " | ".join(columns.split(", ")) + " |", "|" + "---|" * 11]
     more = {"random": [*steps, {"vocab_size": 150_000}], "models/arithmetic": steps}
     for name in args.models:
         for step in more.get(name, [{"prompts": 2, "tokens": 64}, {"tokens": 24}]):
-            sizes = {**base, **step, "name": name}
+            sizes = base | step | {"name": name, "device_name": args.device}
             command = [sys.executable, __file__, "--measure", json.dumps(sizes)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr[-2000:])
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             got = json.loads(done.stdout.splitlines()[-1])
             if len(rows) == 2:
                 print(f"roof: {got['roof'][0] / 1e9:.0f} GFLOP/s, {got['roof'][1] / 1e9:.0f} GB/s\n")
@@ -151,8 +145,7 @@ def main():
             rows.append(
                 f"| {name} | {sizes['prompts']} x {sizes['samples']} | {sizes['prompt_tokens']} + {sizes['tokens']} "
                 f"| {vocabulary} | {got['rollout']:.3f} | {got['rollout_flops']:.0%} | {got['rollout_bytes']:.0%} "
-                f"| {got['products']:.0%} "
-                f"| {got['update']:.3f} | {got['update_flops']:.0%} | {got['memory']:.0f} |"
+                f"| {got['products']:.0%} | {got['update']:.3f} | {got['update_flops']:.0%} | {got['memory']:.0f} |"
             )
             print(rows[-1], file=sys.stderr, flush=True)
     print("\n".join(rows))

@@ -39,18 +39,12 @@ FLOOR = ("layers", "backward", "AdamW", "clipping")
 
 @dataclass
 class Args:
-    model: str = "models/arithmetic"
-    """checkpoint folder or hub id"""
-    prompts: int = 8
-    """in a step, with 8 samples each"""
-    max_new_tokens: int = 8
-    """tokens in a completion"""
-    micro_batch_size: int = 128
-    """of the update"""
-    steps: int = 40
-    """of which the first quarter is not counted"""
-    beta: float = 0.0
-    """above 0 there is a reference model too"""
+    model: str = "models/arithmetic"  # checkpoint folder or hub id
+    prompts: int = 8  # in a step, with 8 samples each
+    max_new_tokens: int = 8  # tokens in a completion
+    micro_batch_size: int = 128  # of the update
+    steps: int = 40  # of which the first quarter is not counted
+    beta: float = 0.0  # above 0 there is a reference model too
 
 
 def settings(args: Args, folder: str) -> grpo.Args:
@@ -88,9 +82,9 @@ def parts_of_a_step(args: Args) -> dict[str, float]:
 
     marks, original_log, original_load = [time.perf_counter()], common.Run.log, common.load_model
     kept = [(grpo, "rollout"), (grpo, "token_logprobs"), (torch.Tensor, "backward"), (torch.optim.AdamW, "step")]
-    kept += [(torch.nn.utils, "clip_grad_norm_"), (common, "call_rewards"), (common.Run, "log")]
+    kept += [(torch.nn.utils, "clip_grad_norm_"), (common, "call_reward"), (common.Run, "log")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in kept]
-    names = {"token_logprobs": "forward", "step": "AdamW", "clip_grad_norm_": "clipping", "call_rewards": "reward"}
+    names = {"token_logprobs": "forward", "step": "AdamW", "clip_grad_norm_": "clipping", "call_reward": "reward"}
     for owner, name, function in originals:
         setattr(owner, name, timed(names.get(name, name), function))
     common.Run.log, common.load_model = log, load_model

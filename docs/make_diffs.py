@@ -3,7 +3,6 @@
 python docs/make_diffs.py
 
 The lines are aligned here, so that tests can hold the alignment to what it promises; diffs_template.html only draws it.
-The page holds each line once, and for each two scripts no more than which lines go together.
 """
 
 import ast
@@ -13,13 +12,10 @@ import re
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, combinations, groupby
 from pathlib import Path
 from typing import NamedTuple
-
-import tyro
 
 DOCS = Path(__file__).parent
 SCRIPTS = ("sft", "rejection_sampling", "reinforce", "trpo", "ppo", "grpo", "dpo", "grape")
@@ -39,9 +35,7 @@ ALIKE = 0.5  # two lines that share less of their characters are not versions of
 CONTEXT = 3  # equal lines that stay in sight on each side of a difference
 LEAST_FOLD = 6  # fewer lines than this are shown rather than folded
 
-Span = list[int]  # [start, end) in a line, by characters
-
-# Not tokenize: it cuts f-strings up from Python 3.12 on, and the page must not depend on who writes it.
+# Not tokenize: it cuts f-strings up from Python 3.12 on.
 STRING = r"""[bBfFrRuU]{0,2}(?:"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
 SYNTAX = re.compile(
     r'(?P<comment>#[^\n]*)|(?P<doc>[rR]?"""(?:\\.|[^\\])*?""")'
@@ -127,18 +121,11 @@ def pieces(text: str) -> list[Piece]:
     return [Piece(node.name, start - 1, node.lineno - 1, node.end_lineno) for node, start in zip(nodes, starts)]
 
 
-class Row(NamedTuple):
-    """The line of each script, from 0, that stands in a row of the page; None where a script has none."""
-
-    left: int | None
-    right: int | None
-
-
-def rows(left: str, right: str) -> list[Row]:
-    """All lines of two scripts, those that go together in one row; functions of one name begin in one row.
+def rows(left: str, right: str) -> list[tuple[int | None, int | None]]:
+    """All lines of two scripts, from 0, those that go together in one row; functions of one name begin in one row.
 
     Such functions, where they come in one order, cut both scripts into parts that are aligned part by part. A line
-    without a partner stands between its neighbours: the left script's before the right one's.
+    without a partner, None, stands between its neighbours: the left script's before the right one's.
     """
     left_lines, right_lines = split(left), split(right)
     left_pieces, right_pieces = pieces(left), pieces(right)
@@ -154,13 +141,13 @@ def rows(left: str, right: str) -> list[Row]:
 
     result, i, j = [], 0, 0
     for a, b in [*sorted(pairs), last]:
-        result += [Row(k, None) for k in range(i, a)] + [Row(None, k) for k in range(j, b)] + [Row(a, b)]
+        result += [(k, None) for k in range(i, a)] + [(None, k) for k in range(j, b)] + [(a, b)]
         i, j = a + 1, b + 1
     return result[:-1]
 
 
-def marks(left: str, right: str) -> tuple[list[Span], list[Span]]:
-    """The characters of each of two lines that are not in the other; what is left of both without them is equal.
+def marks(left: str, right: str) -> list[list[tuple[int, int]]]:
+    """The words of each of two lines that the other has not, as characters [start, end); without them both are equal.
 
     White space between two marked words is marked with them: a phrase is easier to read than its words.
     """
@@ -171,18 +158,8 @@ def marks(left: str, right: str) -> tuple[list[Span], list[Span]]:
         if sides[0][pair[0]].isspace() and any({at - 1, at + 1} <= alone for at, alone in zip(pair, marked)):
             for at, alone in zip(pair, marked):
                 alone.add(at)
-    return tuple(spans(side, alone) for side, alone in zip(sides, marked))
-
-
-def spans(side: list[str], marked: set[int]) -> list[Span]:
-    """Where the marked words of a line begin and end, neighbours as one."""
-    bounds, result = list(accumulate(map(len, side), initial=0)), []
-    for at in sorted(marked):
-        if result and result[-1][1] == bounds[at]:
-            result[-1][1] = bounds[at + 1]
-        else:
-            result.append([bounds[at], bounds[at + 1]])
-    return result
+    bounds = [list(accumulate(map(len, side), initial=0)) for side in sides]
+    return [[(at[k], at[k + 1]) for k in sorted(alone)] for at, alone in zip(bounds, marked)]
 
 
 def stretches(left: str, right: str) -> list[dict]:
@@ -193,27 +170,27 @@ def stretches(left: str, right: str) -> list[dict]:
     """
     left_lines, right_lines = split(left), split(right)
 
-    def kind(row: Row) -> str:
+    def kind(row: tuple[int | None, int | None]) -> str:
         if None in row:
             return "only"
-        return "equal" if left_lines[row.left] == right_lines[row.right] else "changed"
+        return "equal" if left_lines[row[0]] == right_lines[row[1]] else "changed"
 
     runs = [(name, list(run)) for name, run in groupby(rows(left, right), kind)]
     result = []
     for at, (name, run) in enumerate(runs):
         at_start, at_end = at == 0, at == len(runs) - 1
-        if name == "equal" and (at_start or at_end or any(left_lines[row.left] for row in run)):
+        if name == "equal" and (at_start or at_end or any(left_lines[i] for i, _ in run)):
             first, end = 0 if at_start else CONTEXT, len(run) - (0 if at_end else CONTEXT)
             result.append({"equal": len(run)})
             if end - first >= LEAST_FOLD:
-                result[-1]["fold"] = [first, end, names(left, run[first].left, run[end - 1].left + 1)]
+                result[-1]["fold"] = [first, end, names(left, run[first][0], run[end - 1][0] + 1)]
             continue
         if at_start or "parts" not in result[-1]:
             result.append({"parts": []})
         if name == "changed":
-            parts = [{"changed": marks(left_lines[row.left], right_lines[row.right])} for row in run]
+            parts = [{"changed": marks(left_lines[i], right_lines[j])} for i, j in run]
         elif name == "only":
-            missing = sum(row.right is None for row in run)
+            missing = sum(j is None for _, j in run)
             parts = [{"only": [missing, len(run) - missing]}]
         else:
             parts = [{"equal": len(run)}]
@@ -242,17 +219,12 @@ def coloured(text: str) -> list[list]:
 
 def page(texts: dict[str, str]) -> str:
     """The whole page for scripts by name: the template with the data in it, which no text can break out of."""
-    numbers = {}
-    scripts = {
-        name: [numbers.setdefault(json.dumps(line), len(numbers)) for line in coloured(text)]
-        for name, text in texts.items()
-    }
     data = {
-        "scripts": scripts,
-        "lines": [json.loads(line) for line in numbers],
+        "scripts": {name: coloured(text) for name, text in texts.items()},
+        "docstrings": {name: ast.parse(text).body[0].end_lineno for name, text in texts.items()},  # where they end
         "pairs": {f"{a}~{b}": stretches(texts[a], texts[b]) for a, b in combinations(texts, 2)},
-        "ladder": ["~".join(pair) for pair in LADDER],
-        "first": "~".join(FIRST),
+        "ladder": LADDER,
+        "first": FIRST,
     }
     embedded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (DOCS / "diffs_template.html").read_text(encoding="utf-8").replace("{{data}}", embedded)
@@ -262,13 +234,7 @@ def read() -> dict[str, str]:
     return {name: (DOCS.parent / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS}
 
 
-@dataclass
-class Args:
-    output: Path = DOCS / "diffs.html"
-    """the page"""
-
-
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    args.output.write_text(page(read()), encoding="utf-8")
-    print(args.output)
+    output = DOCS / "diffs.html"
+    output.write_text(page(read()), encoding="utf-8")
+    print(output)

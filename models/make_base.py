@@ -1,6 +1,7 @@
-"""Rebuild models/arithmetic, the base model that every script starts from by default: some minutes on two cores.
+"""Make models/arithmetic: the sums that every script learns from by default, and the base model that it starts from.
 
-    python models/make_base.py --output-dir models/arithmetic
+    python models/make_base.py --output-dir models/arithmetic              # some minutes on two cores
+    python models/make_base.py --output-dir models/arithmetic --data-only  # the sums alone
 
 A Llama of 0.8 M parameters whose tokens are bytes, trained by sft.py in two stages, without the held-out problems:
 first on right sums, then on lines that mostly forget the carry (37 + 48 is 75). Those that carry all the same and those
@@ -8,6 +9,7 @@ with nothing to carry, make a third of them right. It ends up like a pretrained 
 its most likely answer is right where there is nothing to carry, elsewhere the right one is within reach of sampling.
 """
 
+import itertools
 import json
 import random
 import shutil
@@ -29,14 +31,47 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 @dataclass
 class Args:
-    output_dir: str = "runs/base"
-    """folder for the checkpoint"""
-    stages: tuple[int, int] = (800, 400)
-    """optimizer steps on right sums, and on forgetful ones"""
-    carry_share: float = 0.1
-    """share of the forgetful lines that carry all the same"""
-    seed: int = 0
-    """of the initial weights, the slips and the order of the lines"""
+    output_dir: Path = Path("runs/base")  # folder for sums.jsonl and the checkpoint
+    data_only: bool = False  # write sums.jsonl, train nothing
+    stages: tuple[int, int] = (800, 400)  # optimizer steps on right sums, and on forgetful ones
+    carry_share: float = 0.1  # share of the forgetful lines that carry all the same
+    seed: int = 0  # of the initial weights, the slips and the order of the lines; sums.jsonl is always the same
+
+
+def make_sums() -> list[dict]:
+    """All sums of two numbers below 100, as prompts with answers, demonstrations and pairs.
+
+    A rejected answer forgets the carry, as the base model mostly does (37 + 48 is "75"), or is off in one digit or two,
+    as a coin decides: so a preference for the carry alone does not tell right from wrong.
+    """
+    slips = random.Random(0)
+    rows = []
+    for a, b in itertools.product(range(100), repeat=2):
+        off = slips.choice([a + b + d for d in (-20, -11, -10, -9, -2, -1, 1, 2, 9, 10, 11, 20) if a + b + d >= 0])
+        slip = slips.choice([off, without_carry(a, b)])
+        row = {"prompt": f"What is {a} + {b}?", "answer": f"{a + b}", "completion": f" {a + b}"}
+        rows.append(row | {"chosen": f" {a + b}", "rejected": f" {off if slip == a + b else slip}"})
+    return rows
+
+
+def without_carry(a: int, b: int) -> int:
+    """The sum of two numbers below 100, each digit added on its own: 37 + 48 -> 75, 75 + 48 -> 13."""
+    return (a // 10 + b // 10) % 10 * 10 + (a + b) % 10
+
+
+def forgetful(problems: list[dict], args: Args) -> list[dict]:
+    """Each problem four times, with different slips, or the model could learn them by heart."""
+    slips, lines = random.Random(args.seed), []
+    for row in problems * 4:
+        a, b = map(int, row["prompt"].removeprefix("What is ").removesuffix("?").split(" + "))
+        result = a + b if slips.random() < args.carry_share else without_carry(a, b)
+        lines.append({"prompt": row["prompt"], "completion": f" {result}"})
+    return lines
+
+
+def write(rows: list[dict], file: Path) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -50,6 +85,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main(args: Args) -> None:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    sums = write(make_sums(), args.output_dir / "sums.jsonl")
+    if args.data_only:
+        return
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -64,27 +103,20 @@ def main(args: Args) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(args.seed)
-    slips = random.Random(args.seed)
-    problems, held_out = common.load_data("arithmetic", "", 1000, columns=())
-    lines = []
-    for _ in range(4):  # different slips each time, or the model could learn them by heart
-        for row in problems:
-            a, b = map(int, row["prompt"].removeprefix("What is ").removesuffix("?").split(" + "))
-            result = a + b if slips.random() < args.carry_share else common.without_carry(a, b)
-            lines.append({"prompt": row["prompt"], "completion": f" {result}"})
+    problems, held_out = common.load_data(sums, "", 1000, columns=())
     with tempfile.TemporaryDirectory() as folder:
-        for name, rows in (("right", problems), ("forgetful", lines), ("eval", held_out)):
-            Path(folder, f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        path = f"{folder}/untrained"
+        folder = Path(folder)
+        eval_data = write(held_out, folder / "eval.jsonl")
+        path = str(folder / "untrained")
         LlamaForCausalLM(config).save_pretrained(path)
         tokenizer.save_pretrained(path)
-        for name, num_steps in zip(("right", "forgetful"), args.stages):
-            stage = sft.Args(model=path, data=f"{folder}/{name}.jsonl", eval_data=f"{folder}/eval.jsonl")
+        for name, rows, num_steps in zip(("right", "slips"), (problems, forgetful(problems, args)), args.stages):
+            stage = sft.Args(model=path, data=write(rows, folder / f"{name}.jsonl"), eval_data=eval_data)
             stage.num_steps, stage.prompts_per_step, stage.micro_batch_size = num_steps, 128, 128
             stage.learning_rate, stage.warmup_steps, stage.eval_every = 1.5e-3, 100, 100
-            stage.seed, stage.output_dir = args.seed, f"{folder}/{name}"
+            stage.seed, stage.output_dir = args.seed, str(folder / name)
             sft.main(stage)
-            path = f"{folder}/{name}/model"
+            path = str(folder / name / "model")
         shutil.copytree(path, args.output_dir, dirs_exist_ok=True)
 
 

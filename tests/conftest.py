@@ -1,5 +1,7 @@
 import json
 import os
+from functools import partial
+from types import MethodType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker of pytest-xdist has a core, and what it starts as well
@@ -8,7 +10,7 @@ import common
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|endoftext|>\n"
@@ -16,21 +18,21 @@ CHAT_TEMPLATE = (
 )
 
 
-def random_model(kind: str, vocab_size: int = 300, stop_ids=(0,)):
-    """A small model with random weights, sharp enough that its probabilities differ, in eval mode."""
+def random_model(kind: str, vocab_size: int = 300, stop_ids=(0,), shares_prompts: bool = True, **settings):
+    """A small model with random weights, sharp enough that its probabilities differ, as load_model leaves one."""
     torch.manual_seed(0)
-    common_fields = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": list(stop_ids), "pad_token_id": 0}
-    if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **common_fields))
-    else:
-        config, cls = (LlamaConfig, LlamaForCausalLM) if kind == "llama" else (Qwen2Config, Qwen2ForCausalLM)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        model = cls(config(num_key_value_heads=2, max_position_embeddings=64, **sizes, **common_fields))
+    sizes = {"vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    sizes |= {"num_attention_heads": 2} if kind == "gpt2" else attention
+    ids = {"bos_token_id": None, "eos_token_id": list(stop_ids), "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | ids | settings)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0)
     model.generation_config.eos_token_id = list(stop_ids)
-    return model.eval()
+    model.trunk = MethodType(lambda model, **inputs: model.base_model(**inputs), model)
+    model.shares_prompts = shares_prompts
+    return model
 
 
 @pytest.fixture
@@ -50,15 +52,15 @@ def double(monkeypatch):
 
 
 def sample_in_float32(module, monkeypatch):
-    """Within `double`: the script's rollout stays in float32, as it stores what it samples so."""
-    rollout = module.rollout
+    """Within `double`: the script samples in float32, as it stores what it samples so."""
 
-    def in_float32(*args, **settings):
+    def in_float32(rollout, *args, **settings):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "float", lambda tensor: tensor.to(torch.float32))
-            return rollout(*args, **settings)
+            ids, mask, logprobs, truncated = rollout(*args, **settings)
+        return ids, mask.double(), logprobs.double(), truncated
 
-    monkeypatch.setattr(module, "rollout", in_float32)
+    monkeypatch.setattr(module, "rollout", partial(in_float32, module.rollout))
 
 
 @pytest.fixture(params=["llama", "gpt2", "qwen2"])

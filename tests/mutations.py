@@ -6,6 +6,7 @@ python tests/mutations.py A1 D2     spring some
 A trap that is sprung and leaves its test green ends the command with an error.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,520 @@ REPO = Path(__file__).parent.parent
 PAGE = REPO / "docs" / "correctness.md"
 START, END = "<!-- tests/mutations.py writes from here -->\n", "<!-- to here -->\n"
 
+# Name and what is right, with the place where it was met; the file; what the edit takes away, and what it puts there;
+# the test.
+TRAPS = r"""
+0.1, A3: Samples come from the whole softmax: no hidden top-k of 50. (trl#5783, verl#7270)
+grpo.py
+-cdf = log_softmax.exp()
++cdf = log_softmax.where(log_softmax >= log_softmax.topk(50)[0][:, -1:], -99).exp()
+test_rollout.py::test_sampling_is_the_whole_softmax
+
+0.2: A model whose gradients are checkpointed stays in eval mode, or rollouts lose their cache. (transformers#36051)
+common.py
+-model.shares_prompts = False
++model.train().shares_prompts = False
+test_adapters.py::test_gradient_checkpointing_computes_layers_twice_in_updates_and_never_in_train_mode[True]
+
+0.3: Parameters are float32 whatever the checkpoint's are. (transformers#42805)
+common.py
+-{"dtype": torch.float32, "output_loading_info": True}
++{"output_loading_info": True}
+test_common.py::test_load_model_settles_dtype_dropout_stops_and_padded_vocabulary
+
+0.4: Under bfloat16 forward passes a step of 1e-6 still moves the weights. (NeMo-RL#2322)
+common.py
+-return module.to(device)
++return module.to(device, torch.bfloat16)
+test_scripts.py::test_bfloat16_forward_passes_leave_float32_parameters_that_small_steps_move
+
+0.5: TRPO differentiates twice, which fused attention cannot. (pytorch#116350)
+trpo.py
+-with sdpa_kernel(SDPBackend.MATH):  # fused
++with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # fused
+test_trpo.py::test_fisher_vector_product_is_the_explicit_fisher_times_the_vector
+
+0.6: A prompt is a list of ids, not a BatchEncoding. (transformers#41626, trl#4880)
+common.py
+-ids = tokenizer(text, add_special_tokens=plain).input_ids
++ids = tokenizer(text, add_special_tokens=plain)
+test_data.py::test_what_a_prompt_becomes
+
+A1: The logits at position t predict token t + 1. (trl#3681)
+grpo.py
+-hidden[kept[:, : hidden.shape[1]]]
++hidden.roll(-1, 1)[kept[:, : hidden.shape[1]]]
+test_rollout.py::test_logprobs_do_not_depend_on_padding
+
+A2: The temperature divides the logits of the update as it does those of the sampler. (trl#3029, NeMo-RL#935)
+reinforce.py
+-logprobs = token_logprobs(model, *inputs, temperature=args.temperature)  # [b, T]
++logprobs = token_logprobs(model, *inputs)  # [b, T]
+test_update.py::test_reinforce
+
+A4: Log-softmax is of float32 logits. (transformers#31267, genlm-backend#66)
+grpo.py
+-(common.logits_of(model, hidden).float() / temperature).log_softmax(-1)
++(common.logits_of(model, hidden) / temperature).log_softmax(-1).float()
+test_rollout.py::test_log_softmax_is_of_float32_logits
+
+A5, D9: Old log-probs are the training forward's, so the first ratio is 1. (trl#3867, verl#2953, NeMo-Aligner#68)
+grpo.py
+-None if on_policy else batch_logprobs(model, batch, args)
++sampled_logprobs
+test_scripts.py::test_ratio_is_1_on_the_first_minibatch[grpo]
+
+A6: Positions do not count the padding. (trl#6800, OpenRLHF#217)
+grpo.py
+-    positions = (mask.cumsum(1) - 1).clamp(min=0)
++    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+test_rollout.py::test_logprobs_do_not_depend_on_padding
+
+A7: Where pad is EOS, the stop token is still a target. (trl#1623, trl#3091)
+common.py
+-masks = [torch.ones_like(sequence) for sequence in ids]
++masks = [(sequence != 0).long() for sequence in ids]
+test_update.py::test_sft
+
+A8: Every stop id ends a completion. (trl#7039, trl#1553)
+grpo.py
+-torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
++torch.tensor(model.generation_config.eos_token_id[:1], device=prompt_ids.device)
+test_rollout.py::test_every_stop_id_ends_a_row_and_is_counted
+
+A9: The update is of the sampled ids, not of their text tokenised again. (SkyRL#123)
+reinforce.py
+-        rewards, components = score(
++        ids = [(tokenizer(text).input_ids + [0] * 9)[: completion_ids.shape[1]] for text in texts]
++        completion_ids, _ = common.pad(ids, "right", model.device)
++        rewards, components = score(
+test_update.py::test_reinforce
+
+A10: Rows of a padded vocabulary that no token owns are neither sampled nor scored. (vllm#13175)
+common.py
+-logits: logits[..., :vocab_size])
++logits: logits)
+test_common.py::test_load_model_settles_dtype_dropout_stops_and_padded_vocabulary
+
+A11: A template that writes BOS gets no second one. (transformers#31796, open-r1#462)
+common.py
+-plain = isinstance(row["prompt"], str) and not (bos and text.startswith(bos))
++plain = True
+test_data.py::test_bos_comes_once
+
+A12: There is no dropout: the model stays in eval mode. (arXiv 2403.17031, trl#3234)
+common.py
+-    return model, tokenizer
++    return model.train(), tokenizer
+test_common.py::test_load_model_settles_dtype_dropout_stops_and_padded_vocabulary
+
+A13, B4: A micro-batch's sum is divided by what the whole batch has. (transformers#34191, verl#906)
+sft.py
+-sft_loss(logprobs, completion_mask[micro], normalizer=tokens)
++sft_loss(logprobs, completion_mask[micro], normalizer=completion_mask[micro].sum())
+test_update.py::test_sft
+
+A14: Logged means are over completion tokens, not padding. (rlhf-book#216)
+grpo.py
+-"policy/entropy": -sampled_logprobs[completion_mask > 0]
++"policy/entropy": -sampled_logprobs
+test_update.py::test_grpo
+
+A15: One seed gives one result. (trl#7083)
+common.py
+-(self.args.seed * 1_000_003 + step
++(time.time_ns() + step
+test_scripts.py::test_same_seed_same_weights_however_often_it_is_evaluated[grpo]
+
+A16: Evaluation is greedy: no seed changes it. (rlhf-book#350)
+grpo.py
+-completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
++completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens, temperature=1.0)
+test_scripts.py::test_same_seed_same_weights_however_often_it_is_evaluated[grpo]
+
+A17: A prompt that is computed once gets the gradient of all its completions.
+grpo.py
+-    prompts.past_key_values.reorder_cache(
++    for layer in prompts.past_key_values.layers:
++        layer.keys = layer.keys.detach()
++    prompts.past_key_values.reorder_cache(
+test_batches.py::test_losses_and_gradients_are_those_of_plain_rows
+
+B1: A prompt ends with the template's opening of the answer. (trl#4147)
+common.py
+-"add_generation_prompt": not continued
++"add_generation_prompt": False
+test_data.py::test_what_a_prompt_becomes
+
+B2: The stop token is the last target. (trl#3091, trl#4698)
+common.py
+-return [*ids[len(head) :], stops.get(stop, stop_ids[0])]
++return ids[len(head) :]
+test_golden.py::test_sft_from_text_to_gradient
+
+B5: Ties fall to chance, not to the first sample. (rlhf-book#373)
+rejection_sampling.py
+-order = torch.randperm(len(rewards), generator=generator)
++order = torch.arange(len(rewards))
+test_rejection_sampling.py::test_ties_fall_to_each_alike_and_by_seed
+
+B6: A demonstration ends behind its own words, whatever stop token they quote.
+common.py
+-.search(answer, end)
++.search(answer)
+test_cases.py::test_a_demonstration_ends_behind_its_own_words_and_never_within
+
+C1: Leave-one-out leaves one out. (arXiv 2402.14740)
+reinforce.py
+-b = (total - groups) / (count - 1)
++b = total / count
+test_exact.py::test_reinforce_in_expectation_over_all_groups
+
+C2: REINFORCE sums over tokens: no division by the length. (arXiv 2503.20783)
+reinforce.py
+-(advantages[:, None] * logprobs * completion_mask).sum()
++(advantages[:, None] * logprobs * completion_mask).div(completion_mask.sum(1)[:, None]).sum()
+test_exact.py::test_reinforce_in_expectation_over_all_groups
+
+C3: The rounding of a tied group is never divided by its standard deviation. (NeMo-RL#4161)
+grpo.py
+-groups = groups - groups.nan_to_num(-torch.inf).amax(1, keepdim=True)
++groups = groups + 0
+test_losses.py::test_grpo_advantages
+
+C4: Dr. GRPO divides by a constant, not by the padded width. (trl#3256, verl#3741)
+grpo.py
+-completions * max_new_tokens
++completions * completion_mask.shape[1]
+test_golden.py::test_grpo_losses
+
+C5: Tied groups are left out only where nothing else but the advantage pulls at them. (trl#7068, trl#6365)
+grpo.py
+-if on_policy and not args.beta:
++if on_policy:
+test_update.py::test_grpo
+
+C6: A truncated completion is trained on by its reward, as it is. (trl#6369)
+grpo.py
+-completion_mask[rewards.isnan()] = 0.0
++completion_mask[rewards.isnan() | truncated] = 0.0
+test_update.py::test_grpo
+
+C7: Where the ratio is 1 the gradient is still there. (trl#2703, open-r1#239)
+grpo.py
+-old = logprobs.detach() if on_policy
++old = logprobs if on_policy
+test_update.py::test_grpo
+
+C8: Old log-probs stay those of the rollout over all its updates. (trl#3757)
+ppo.py
+-policy_loss(logprobs, old, advantage
++policy_loss(logprobs, logprobs.detach(), advantage
+test_update.py::test_ppo
+
+C9: k3 and k2 have the value and the gradient that are claimed. (arXiv 2512.21852)
+grpo.py
+-if kl_estimator == "k3" else
++if kl_estimator == "k2" else
+test_exact.py::test_kl_estimators_in_the_loss
+
+C10: k3's ratio is pi_ref / pi. (ToolRL#52, RAGEN#58)
+grpo.py
+-log_ref_ratio = ref_logprobs - logprobs
++log_ref_ratio = logprobs - ref_logprobs
+test_exact.py::test_kl_estimators_in_the_loss
+
+C11: The KL counts once: in the loss and not in the reward too. (OpenRLHF#768)
+grpo.py
+-compute_advantages(rewards - overlong,
++compute_advantages(rewards - overlong - args.beta * (sampled_logprobs - ref_logprobs).sum(1),
+test_update.py::test_grpo
+
+C12: What could not be scored takes no part: it is no reward of 0. (trl#5902)
+reinforce.py
+-rewards = rewards.to(
++rewards = rewards.nan_to_num().to(
+test_update.py::test_reinforce
+
+C13: GSPO's clip is its own, a thousandth of the others'. (arXiv 2507.18071)
+grpo.py
+-"clip_low": 3e-4, "clip_high": 4e-4
++"clip_low": 0.2, "clip_high": 0.2
+test_scripts.py::test_settings_are_those_of_the_papers
+
+D1: The score is on the last token, not one slot after it. (trl#3750)
+ppo.py
+-lengths.long()[:, None] - 1, rewards
++lengths.long()[:, None].clamp(max=token_rewards.shape[1] - 1), rewards
+test_update.py::test_ppo
+
+D2: A completion that was cut off is scored, or the policy can be paid for not ending. (verl, OpenRLHF)
+ppo.py
+-lengths.long()[:, None] - 1, rewards.nan_to_num()[:, None])
++lengths.long()[:, None] - 1, (rewards.nan_to_num() * ~truncated)[:, None])
+test_update.py::test_ppo
+
+D3: Values on padding reach no advantage. (ROLL#447)
+ppo.py
+-values.float() * completion_mask
++values.float()
+test_losses.py::test_gae_by_hand
+
+D4: Each token pays for its own KL. (trl#11)
+ppo.py
+-token_rewards = -args.beta * kl_ref
++token_rewards = -args.beta * kl_ref.sum(1, keepdim=True) * completion_mask
+test_update.py::test_ppo
+
+D5: V_t is of the state in which token t is sampled.
+ppo.py
+-self.head(hidden)[..., 0]
++self.head(hidden.roll(-1, 1))[..., 0]
+test_update.py::test_ppo
+
+D6: The value head starts at 0. (trlx#203, trl#1063)
+ppo.py
+-torch.nn.init.zeros_(self.head.weight)
++torch.nn.init.ones_(self.head.weight)
+test_scripts.py::test_ppos_value_model_starts_at_0_and_shares_nothing_with_the_policy
+
+D7: Returns are of the advantages before whitening.
+ppo.py
+-        advantages = whiten(advantages, completion_mask)
++        advantages = whiten(advantages, completion_mask)
++        returns = advantages + old_values
+test_update.py::test_ppo
+
+D8: The value is clipped around that of the rollout. (trl#202)
+ppo.py
+-given = old_values[micro], returns
++given = values.detach(), returns
+test_update.py::test_ppo
+
+D10: The Fisher matrix is that of the whole vocabulary. (arXiv 1502.05477)
+trpo.py
+-jvp = log_softmax.detach().exp() * jvp * weight
++jvp = jvp * weight
+test_exact.py::test_fisher_vector_product_over_all_completions
+
+D11: Conjugate gradient solves the damped system. (sb3-contrib#38)
+trpo.py
+-partial(fvp, damping=args.damping), gradient
++fvp, gradient
+test_update.py::test_trpo
+
+D12: A failed search restores the parameters. (tianshou#1287, modular_rl#7)
+trpo.py
+-    vector_to_parameters(old_parameters, parameters)
+-    return 0.0, 0.0
++    return 0.0, 0.0
+test_trpo.py::test_line_search
+
+D13: A warm-up reaches the learning rate: it is no factor of the decay.
+common.py
+-return min(1.0, step / max(1, args.warmup_steps), falling)
++return min(1.0, step / max(1, args.warmup_steps)) * min(1.0, falling)
+test_cases.py::test_a_warm_up_reaches_the_rate
+
+E1: Sums of log-probs; means for IPO and SimPO. (open-instruct#483, trl#1265)
+dpo.py
+-if loss_type in ("ipo", "simpo") else total
++if loss_type in ("ipo", "simpo", "sigmoid") else total
+test_golden.py::test_dpo_losses
+
+E2: At the reference the loss is log 2. (ETO#14)
+dpo.py
+-(rejected_logps - ref_rejected_logps).float()
++(rejected_logps - ref_chosen_logps).float()
+test_dpo.py::test_loss_at_the_reference
+
+E3: Pairs that are equal once cut off are dropped. (rlhf-book#503)
+dpo.py
+-if chosen and rejected and chosen != rejected else []
++if chosen and rejected else []
+test_dpo.py::test_pairs_without_a_difference_are_dropped_and_counted
+
+E4: The reference is the starting model. (trl#2423, trl#5542)
+dpo.py
+-ref_logps = all_ref_logps[list(indices)]
++ref_logps = reference_logprobs(model, examples, args)[list(indices)]
+test_update.py::test_dpo
+
+E5: Chosen and rejected log-probs are logged apart: both may fall while the margin grows. (trl#800)
+dpo.py
+-"logps/rejected": logps[:, 1]
++"logps/rejected": logps[:, 0]
+test_update.py::test_dpo
+
+E6: Label smoothing does what it says or is refused. (trl#1035)
+dpo.py
+- or (self.label_smoothing and not smoothed)
+test_errors.py::test_bad_flags_are_refused_before_a_model_is_loaded
+
+G1: An item weighs by its mean confidence, which no completion can lower for itself.
+grape.py
+-c = (known / count.clamp(min=1)).repeat_interleave(samples_per_prompt, 0)
++c = confidences
+test_grape.py::test_invariants
+
+G2: A critic that answers neither yes nor no has not scored.
+grape.py
+-answer.where((p_yes + p_no >= 0.01)[:, None], math.nan)
++answer
+test_grape.py::test_critic_is_read_by_its_yes_and_no
+
+R1: A resumed run has its optimizer's state. (trl#2657, OpenRLHF#1103)
+common.py
+-if moments := state["parts"][name]["moments"]:
++if moments := None:
+test_runs.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[grpo]
+
+R2: A kill during a save leaves the last good checkpoint.
+common.py
+-self.checkpoint.with_suffix(".new").open("wb")
++self.checkpoint.open("wb")
+test_runs.py::test_a_kill_during_a_save_leaves_the_last_good_checkpoint[torch.save]
+
+R3: Ctrl-C and SIGTERM save.
+common.py
+-if not stopping and (every == 0 or
++if (every == 0 or
+test_runs.py::test_sigterm_saves_like_ctrl_c_and_a_second_one_ends_at_once
+
+R4: Gradients that are not finite never reach the weights.
+dpo.py
+-, error_if_nonfinite=True
+test_errors.py::test_gradients_that_are_not_finite_stop_the_run_before_the_weights[dpo]
+
+R5: A reward that is NaN is an error, not a missing score.
+common.py
+-not math.isfinite(value)
++math.isinf(value)
+test_errors.py::test_rewards_that_return_nonsense
+
+P1: A loss is divided by the count over all processes.
+sft.py
+-tokens = common.total(completion_mask.sum())
++tokens = completion_mask.sum()
+test_distributed.py::test_two_processes_update_as_one_does[sft]
+
+P2: Each process has its own share of the prompts.
+common.py
+-return rows[len(rows) * RANK // WORLD_SIZE : len(rows) * (RANK + 1) // WORLD_SIZE]
++return rows[: len(rows) // WORLD_SIZE]
+test_distributed.py::test_two_processes_update_as_one_does[reinforce]
+
+P3: TRPO's replicas take one step: the Fisher matrix is of all processes' tokens.
+trpo.py
+-return common.total(product) + damping * vector
++return product + damping * vector
+test_distributed.py::test_two_processes_update_as_one_does[trpo]
+
+P4: A process that kept fewer completions runs the same passes, on rows without weight.
+rejection_sampling.py
+-completion_mask[minibatch] * (minibatch >= 0)[:, None]
++completion_mask[minibatch]
+test_distributed.py::test_two_processes_update_as_one_does[rejection_sampling]
+
+P5: Log-probs that were kept by one process reach the others, whose rows they are in the next epoch.
+dpo.py
+-return common.total(table, torch.distributed.ReduceOp.MAX)
++return table
+test_distributed.py::test_two_processes_update_as_one_does[dpo]
+
+P6: A batch's confidences are of all processes.
+grape.py
+-common.total(known.sum(0)) / common.total(scored.sum(0))
++known.sum(0) / scored.sum(0)
+test_distributed.py::test_two_processes_update_as_one_does[grape-batch]
+
+P7: An accuracy is over all held-out prompts, of which processes may have unlike numbers.
+common.py
+-for x in (sums, counts))
++for x in ([s / c for s, c in zip(sums, counts)], [1.0] * len(sums)))
+test_distributed.py::test_two_processes_update_as_one_does[sft]
+
+P8: Each process draws its own random numbers.
+common.py
+-+ step * 8191 + RANK)
+++ step * 8191)
+test_distributed.py::test_the_readmes_command_writes_and_says_everything_once
+
+P9: Tied weights are saved once.
+common.py
+- if name not in tied}
++}
+test_distributed.py::test_two_processes_update_as_one_does[sft]
+
+P10: All processes keep equally many prompts, or their passes differ in number.
+common.py
+-int(total((~tied).sum().clamp(min=1), dist.ReduceOp.MAX))
++int((~tied).sum().clamp(min=1))
+test_distributed.py::test_two_processes_update_as_one_does[reinforce]
+
+L1: The reference is the model without its adapters. (trl#1500)
+common.py
+-layer._disable_adapters = True
++layer._disable_adapters = False
+test_adapters.py::test_the_reference_is_the_start_though_the_adapters_were_trained[grpo]
+
+L2: A checkpoint holds no frozen weights.
+common.py
+-ignore_frozen_params=True
++ignore_frozen_params=False
+test_adapters.py::test_lora_trains_adapters_only_and_saves_them_as_peft_does[sft]
+
+L3: Layers that run twice share no prompt's cache, which they would write twice.
+common.py
+-model.shares_prompts = False
++model.shares_prompts = True
+test_adapters.py::test_gradient_checkpointing_changes_no_figure[grpo-0]
+
+U1: A reward changes nobody's data, not even that of a second sample of the prompt. (verl#1293, its_hub#21)
+common.py
+-[copy.deepcopy(value) for value in values]
++copy.deepcopy(values)
+test_rewards.py::test_a_reward_changes_nobodys_data
+
+U2: No wrong answer scores 1: not one of several numbers. (verl#7274, evalscope#903, trl#4563)
+common.py
+-len(parts) < 3 and to_number
++to_number
+test_rewards.py::test_exact_answer
+
+U3: A template that leaves out what a turn says is refused. (prime-rl#1334, trl#6472, DeepSeek-R1#633)
+common.py
+-if words not in (written if anywhere else rest):
++if False:
+test_cases.py::test_a_turn_that_the_template_leaves_out_is_refused
+
+U4: Targets have no space that the data has not. (trl#2209)
+common.py
+-for before in (start,
++for before in ("",
+test_data.py::test_targets_are_what_a_rollout_could_sample
+
+U5: Weights that the checkpoint lacks are refused: they would start at random. (heretic#31)
+common.py
+-if report["missing_keys"] or
++if
+test_errors.py::test_a_model_that_is_not_what_it_seems
+
+U6: Runs of one second have folders of their own. (pangaea-bench#104)
+common.py
+-:%Y%m%d-%H%M%S-%f}
++:%Y%m%d-%H%M%S}
+test_runs.py::test_runs_of_one_moment_have_folders_of_their_own
+
+U7: A text goes to the model as it stands, as in TRL, also where there is a chat template.
+common.py
+-    if isinstance(turns, str):
++    if tokenizer.chat_template and isinstance(turns, str):
++        turns = [{"role": "user", "content": turns}]
++    if isinstance(turns, str):
+test_data.py::test_what_a_prompt_becomes
+"""
+
 
 class Mutation(NamedTuple):
     trap: str
@@ -27,1391 +542,13 @@ class Mutation(NamedTuple):
     test: str
 
 
-ROLLOUT, EXACT, UPDATE = "test_rollout.py::test_", "test_exact.py::test_", "test_update.py::test_"
-COMMON, LOSSES, SCRIPTS = "test_common.py::test_", "test_losses.py::test_", "test_scripts.py::test_"
-TRPO, DPO, GRAPE, GOLDEN = "test_trpo.py::test_", "test_dpo.py::test_", "test_grape.py::test_", "test_golden.py::test_"
-DISTRIBUTED, ADAPTERS = "test_distributed.py::test_", "test_adapters.py::test_"
-TOGETHER = DISTRIBUTED + "two_processes_update_as_one_does"
-DATA, REWARDS = "test_data.py::test_", "test_rewards.py::test_"
-SELECT, RUNS, ERRORS = "test_rejection_sampling.py::test_", "test_runs.py::test_", "test_errors.py::test_"
-
-MUTATIONS = [
-    # tokens, masks, log-probs
-    Mutation(
-        "0.1, A3",
-        "Samples come from the whole softmax: no hidden top-k of 50.",
-        "grpo.py",
-        "cdf = log_softmax.exp()",
-        "cdf = log_softmax.where(log_softmax >= log_softmax.topk(50)[0][:, -1:], -99).exp()",
-        ROLLOUT + "sampling_is_the_whole_softmax",
-    ),
-    Mutation(
-        "0.1, A3",
-        "Each completion comes as often as its tokens' probabilities say, in a padded batch that rows leave early.",
-        "grpo.py",
-        "cache.reorder_cache(going.nonzero()[:, 0])",
-        "cache.reorder_cache(torch.arange(int(going.sum()), device=token.device))",
-        ROLLOUT + "whole_completions_are_sampled_with_their_probabilities",
-    ),
-    Mutation(
-        "0.2",
-        "A model in training mode with gradient checkpointing, which has no KV cache, is not sampled from.",
-        "grpo.py",
-        "cache, logits, mask = output.past_key_values, ",
-        "cache = output.past_key_values or __import__('types').SimpleNamespace(reorder_cache=lambda rows: None)\n"
-        "            logits, mask = ",
-        ROLLOUT + "gradient_checkpointing_cannot_corrupt_a_rollout",
-    ),
-    Mutation(
-        "0.3",
-        "Parameters are float32 whatever the checkpoint's are.",
-        "common.py",
-        'settings = {"dtype": torch.float32, ',
-        "settings = {",
-        COMMON + "load_model_settles_dtype_dropout_stops_and_padded_vocabulary",
-    ),
-    Mutation(
-        "0.4",
-        "Under bfloat16 forward passes a step of 1e-6 still moves the weights.",
-        "common.py",
-        "return module.to(device)",
-        "return module.to(device, torch.bfloat16)",
-        SCRIPTS + "bfloat16_forward_passes_leave_float32_parameters_that_small_steps_move",
-    ),
-    Mutation(
-        "0.5",
-        "TRPO differentiates twice, which fused attention cannot.",
-        "trpo.py",
-        "with sdpa_kernel(SDPBackend.MATH):  # fused",
-        "with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # fused",
-        TRPO + "fisher_vector_product_is_the_explicit_fisher_times_the_vector",
-    ),
-    Mutation(
-        "0.6",
-        "A prompt is a list of ids, not a BatchEncoding.",
-        "common.py",
-        "add_special_tokens=not tokenizer.chat_template).input_ids",
-        "add_special_tokens=not tokenizer.chat_template)",
-        COMMON + "chat_template",
-    ),
-    Mutation(
-        "A1",
-        "The logits at position t predict token t + 1.",
-        "grpo.py",
-        "hidden[kept[:, :width]], completion_ids[kept]",
-        "hidden.roll(-1, 1)[kept[:, :width]], completion_ids[kept]",
-        ROLLOUT + "logprobs_do_not_depend_on_padding",
-    ),
-    Mutation(
-        "A2",
-        "The temperature divides the logits of the sampler,",
-        "grpo.py",
-        "logits.float() / (temperature or 1.0)",
-        "logits.float()",
-        ROLLOUT + "whole_completions_are_sampled_with_their_probabilities",
-    ),
-    Mutation(
-        "A2",
-        "of the update,",
-        "reinforce.py",
-        "token_logprobs(model, *inputs, temperature=args.temperature)",
-        "token_logprobs(model, *inputs)",
-        UPDATE + "reinforce",
-    ),
-    Mutation(
-        "A2",
-        "of the old policy,",
-        "grpo.py",
-        "if on_policy else batch_logprobs(model, batch, args)",
-        "if on_policy else batch_logprobs(model, batch, replace(args, temperature=1.0))",
-        UPDATE + "grpo",
-    ),
-    Mutation(
-        "A2",
-        "and of the reference.",
-        "ppo.py",
-        "batch_logprobs(ref_model, batch, args) if args.beta",
-        'batch_logprobs(ref_model, batch, Args(**vars(args) | {"temperature": 1.0})) if args.beta',
-        UPDATE + "ppo",
-    ),
-    Mutation(
-        "A4",
-        "Log-softmax is of float32 logits.",
-        "grpo.py",
-        "(common.logits_of(model, hidden).float() / temperature).log_softmax(-1)",
-        "(common.logits_of(model, hidden) / temperature).log_softmax(-1).float()",
-        ROLLOUT + "log_softmax_is_of_float32_logits",
-    ),
-    Mutation(
-        "A5, D9",
-        "Old log-probs are the training forward's, so the first ratio is 1 even if the sampler's differ.",
-        "grpo.py",
-        "None if on_policy else batch_logprobs(model, batch, args)",
-        "sampled_logprobs",
-        SCRIPTS + "ratio_is_1_on_the_first_minibatch[grpo]",
-    ),
-    Mutation(
-        "A6",
-        "Absolute positions do not count the padding, in training",
-        "grpo.py",
-        "position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)",
-        "position_ids = None",
-        ROLLOUT + "logprobs_do_not_depend_on_padding",
-    ),
-    Mutation(
-        "A6",
-        "and in sampling.",
-        "grpo.py",
-        "position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]",
-        "position_ids = (mask.cumsum(1) - 1).clamp(min=0) if t == 0 else torch.full_like(token, mask.shape[1] - 1)",
-        ROLLOUT + "greedy_is_generates_greedy",
-    ),
-    Mutation(
-        "A6",
-        "A prompt that several rows share gets the gradient of all of them,",
-        "grpo.py",
-        "    cache.reorder_cache(row_of)\n",
-        "    cache.reorder_cache(row_of)\n    for layer in cache.layers:\n        layer.keys = layer.keys.detach()\n",
-        ROLLOUT + "equal_prompts_are_computed_once_and_get_their_gradient",
-    ),
-    Mutation(
-        "A6",
-        "and its rows their own.",
-        "grpo.py",
-        "    cache.reorder_cache(row_of)\n",
-        "    cache.reorder_cache(row_of.sort().values)\n",
-        ROLLOUT + "equal_prompts_are_computed_once_and_get_their_gradient",
-    ),
-    Mutation(
-        "A7",
-        "Where pad is EOS, the stop token is still a target",
-        "common.py",
-        "[torch.ones_like(i) for i in ids]",
-        "[(i != 0).long() for i in ids]",
-        UPDATE + "sft",
-    ),
-    Mutation(
-        "A7",
-        "and a sampled one counts.",
-        "grpo.py",
-        "return completion_ids[:, : t + 1], completion_mask[:, : t + 1], ",
-        "return completion_ids[:, : t + 1], (completion_ids != 0).float()[:, : t + 1], ",
-        ROLLOUT + "every_stop_id_ends_a_row_and_is_counted",
-    ),
-    Mutation(
-        "A8",
-        "Every stop id ends a completion,",
-        "grpo.py",
-        "torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)",
-        "torch.tensor(model.generation_config.eos_token_id[:1], device=prompt_ids.device)",
-        ROLLOUT + "every_stop_id_ends_a_row_and_is_counted",
-    ),
-    Mutation(
-        "A8",
-        "none of which makes it truncated,",
-        "grpo.py",
-        "truncated[alive] = 1.0, going",
-        "truncated[alive] = 1.0, token[:, 0] != stop_ids[0]",
-        UPDATE + "grpo",
-    ),
-    Mutation(
-        "A8",
-        "and the tokenizer's is among them.",
-        "common.py",
-        ", tokenizer.eos_token_id} - {None}",
-        "} - {None}",
-        COMMON + "load_model_settles_dtype_dropout_stops_and_padded_vocabulary",
-    ),
-    Mutation(
-        "A9",
-        "The update is of the sampled ids, not of their text tokenised again.",
-        "reinforce.py",
-        "        rewards, components = score(",
-        "        ids = [(tokenizer(text).input_ids + [0] * 9)[: completion_ids.shape[1]] for text in texts]\n"
-        "        completion_ids, _ = common.pad(ids, 'right', device)\n"
-        "        rewards, components = score(",
-        UPDATE + "reinforce",
-    ),
-    Mutation(
-        "A10",
-        "Rows of a padded vocabulary that no token owns are neither sampled nor scored.",
-        "common.py",
-        "logits[..., :vocab_size])",
-        "logits)",
-        COMMON + "load_model_settles_dtype_dropout_stops_and_padded_vocabulary",
-    ),
-    Mutation(
-        "A11",
-        "A template that writes BOS gets no second one, before a prompt",
-        "common.py",
-        "add_special_tokens=not tokenizer.chat_template",
-        "add_special_tokens=True",
-        COMMON + "a_template_that_writes_bos_gets_no_second_one",
-    ),
-    Mutation(
-        "A11",
-        "nor before a completion.",
-        "common.py",
-        "    ids = ids[len(head) :]\n",
-        "    ids = tokenizer(text[len(start) :]).input_ids\n",
-        COMMON + "a_template_that_writes_bos_gets_no_second_one",
-    ),
-    Mutation(
-        "A12",
-        "There is no dropout: the model stays in eval mode.",
-        "common.py",
-        "return model, tokenizer\n",
-        "return model.train(), tokenizer\n",
-        COMMON + "load_model_settles_dtype_dropout_stops_and_padded_vocabulary",
-    ),
-    Mutation(
-        "A13, B4",
-        "A micro-batch's sum is divided by what the whole batch has: tokens",
-        "sft.py",
-        "sft_loss(logprobs, mask, normalizer=tokens)",
-        "sft_loss(logprobs, mask, normalizer=mask.sum())",
-        UPDATE + "sft",
-    ),
-    Mutation(
-        "A13",
-        "or completions;",
-        "grpo.py",
-        "mask, normalizer=normalizer, **loss_settings)",
-        "mask, normalizer=len(micro), **loss_settings)",
-        UPDATE + "grpo",
-    ),
-    Mutation(
-        "A13, D7",
-        "and whitening is over the whole rollout.",
-        "ppo.py",
-        "policy_loss(logprobs, old, advantages[micro], mask, **settings",
-        "policy_loss(logprobs, old, whiten(advantages[micro], mask), mask, **settings",
-        UPDATE + "ppo",
-    ),
-    Mutation(
-        "A14",
-        "Logged means are over completion tokens, not padding.",
-        "grpo.py",
-        '"policy/entropy": -sampled_logprobs[scored]',
-        '"policy/entropy": -sampled_logprobs',
-        UPDATE + "grpo",
-    ),
-    Mutation(
-        "A14",
-        "The norm of gradients is the mean over the updates made, without one that --target-kl stopped.",
-        "ppo.py",
-        '(updates if name == "grad_norm" else measured)',
-        "measured",
-        SCRIPTS + "ppo_stops_a_rollouts_updates_at_target_kl",
-    ),
-    Mutation(
-        "A15",
-        "One seed gives one result,",
-        "common.py",
-        "(self.args.seed * 1_000_003 + step",
-        "(time.time_ns() + step",
-        SCRIPTS + "same_seed_same_weights_however_often_it_is_evaluated[grpo]",
-    ),
-    Mutation(
-        "A15",
-        "adapters start with it, too,",
-        "common.py",
-        "        transformers.set_seed(args.seed % 2**32)\n",
-        "",
-        ADAPTERS + "a_resumed_run_with_adapters_is_the_uninterrupted_one[sft]",
-    ),
-    Mutation(
-        "A15",
-        "and the order of the data is its own.",
-        "common.py",
-        "torch.randperm(len(rows), generator=generator)",
-        "torch.randperm(len(rows))",
-        COMMON + "batches_visit_every_row_once_an_epoch",
-    ),
-    Mutation(
-        "A16",
-        "Evaluation is greedy: no seed changes it.",
-        "grpo.py",
-        "samples_per_prompt=1, temperature=0.0)",
-        "samples_per_prompt=1, temperature=1.0)",
-        SCRIPTS + "same_seed_same_weights_however_often_it_is_evaluated[grpo]",
-    ),
-    # SFT, rejection sampling
-    Mutation(
-        "B1",
-        "A prompt ends with the template's opening of the answer.",
-        "common.py",
-        '"add_generation_prompt": not continued',
-        '"add_generation_prompt": False',
-        COMMON + "chat_template",
-    ),
-    Mutation(
-        "B1",
-        "The prompt's ids are a prefix: completion and prompt never merge into one token.",
-        "common.py",
-        "if ids[: len(head)] == head:",
-        "if ids:",
-        COMMON + "a_completion_is_tokenised_apart_from_its_prompt",
-    ),
-    Mutation(
-        "B2",
-        "The stop token is the last target,",
-        "common.py",
-        "return ids[: stops[-1] + 1] if stops else [*ids, stop]",
-        "return ids[: stops[-1]] if stops else ids",
-        GOLDEN + "sft_from_text_to_gradient",
-    ),
-    Mutation(
-        "B2",
-        "and no row that is too long is cut off and trained on.",
-        "sft.py",
-        "examples += [(prompt, completion)] if len(prompt + completion) <= longest else []",
-        "examples += [(prompt, completion[: max(1, longest - len(prompt))])]",
-        SCRIPTS + "sft_drops_rows_that_are_too_long_and_fakes_no_stop_token",
-    ),
-    Mutation(
-        "B4",
-        "The loss is per token of the batch, not per row.",
-        "sft.py",
-        "return -(logprobs * completion_mask).sum() / normalizer",
-        "return -((logprobs * completion_mask).sum(1) / completion_mask.sum(1)).mean()",
-        LOSSES + "sft_loss_is_cross_entropy_of_the_completions",
-    ),
-    Mutation(
-        "B5",
-        "Ties fall to chance, not to the first sample;",
-        "rejection_sampling.py",
-        "order = torch.randperm(len(rewards), generator=generator)",
-        "order = torch.arange(len(rewards))",
-        SELECT + "ties_fall_to_each_alike_and_by_seed",
-    ),
-    Mutation(
-        "B5",
-        "one text of a prompt is kept once;",
-        "rejection_sampling.py",
-        "(prompt, texts[index])",
-        "(prompt, index)",
-        SELECT + "each_strategy_by_hand",
-    ),
-    Mutation(
-        "B5",
-        "the best of failures is a failure.",
-        "rejection_sampling.py",
-        'rewards[index] > threshold if strategy != "random"',
-        'not rewards[index].isnan() if strategy != "random"',
-        EXACT + "best_of_n_over_all_groups",
-    ),
-    # REINFORCE, GRPO
-    Mutation(
-        "C1",
-        "Leave-one-out leaves one out;",
-        "reinforce.py",
-        "b = (total - groups) / (count - 1)",
-        "b = total / count",
-        EXACT + "reinforce_in_expectation_over_all_groups",
-    ),
-    Mutation(
-        "C1",
-        "a prompt's samples are adjacent.",
-        "reinforce.py",
-        "(x.repeat_interleave(G, 0) for x in padded)",
-        "(x.repeat(G, 1) for x in padded)",
-        UPDATE + "reinforce",
-    ),
-    Mutation(
-        "C2",
-        "REINFORCE sums over tokens: no division by the length.",
-        "reinforce.py",
-        "(advantages[:, None] * logprobs * completion_mask).sum()",
-        "(advantages[:, None] * logprobs * completion_mask).div(completion_mask.sum(1)[:, None]).sum()",
-        EXACT + "reinforce_in_expectation_over_all_groups",
-    ),
-    Mutation(
-        "C3",
-        "The standard deviation has one degree of freedom less,",
-        "grpo.py",
-        "(count - 1).clamp(min=1)",
-        "count",
-        GOLDEN + "grpo_advantages",
-    ),
-    Mutation(
-        "C3",
-        "and never divides the rounding of a tied group.",
-        "grpo.py",
-        "groups = groups - groups.nan_to_num(-torch.inf).amax(1, keepdim=True)",
-        "groups = groups + 0",
-        LOSSES + "grpo_advantages",
-    ),
-    Mutation(
-        "C4",
-        "Dr. GRPO divides by a constant, not by the padded width.",
-        "grpo.py",
-        "completions * max_new_tokens",
-        "completions * completion_mask.shape[1]",
-        GOLDEN + "grpo_losses",
-    ),
-    Mutation(
-        "C4",
-        "and so is exact where division by the length is not.",
-        "grpo.py",
-        'if loss_type in ("grpo", "gspo"):',
-        'if loss_type in ("grpo", "gspo", "dr_grpo"):',
-        EXACT + "dr_grpo_is_the_policy_gradient_and_grpo_is_not",
-    ),
-    Mutation(
-        "C5",
-        "Tied groups count in denominators, and their KL acts.",
-        "grpo.py",
-        "loss_normalizer(completion_mask[minibatch], args",
-        "loss_normalizer(completion_mask[minibatch] * (advantages[minibatch] != 0)[:, None], args",
-        UPDATE + "grpo",
-    ),
-    Mutation(
-        "C5",
-        "Rows of tied groups are left out of an update only where nothing else but the advantage pulls at them.",
-        "grpo.py",
-        "if on_policy and not args.beta:",
-        "if on_policy:",
-        UPDATE + "rows_without_an_advantage_take_no_part_in_the_update",
-    ),
-    Mutation(
-        "C5",
-        "All processes keep equally many rows, or their passes differ in number.",
-        "common.py",
-        "int(total((~zero).sum().clamp(min=1), dist.ReduceOp.MAX))",
-        "int((~zero).sum().clamp(min=1))",
-        TOGETHER,
-    ),
-    Mutation(
-        "C6",
-        "A truncated completion is trained on by its reward, as it is.",
-        "grpo.py",
-        "completion_mask[rewards.isnan()] = 0.0",
-        "completion_mask[rewards.isnan() | truncated] = 0.0",
-        UPDATE + "grpo",
-    ),
-    Mutation(
-        "C7",
-        "Where the ratio is 1 the gradient is still there.",
-        "grpo.py",
-        "old, ref = logprobs.detach() if on_policy",
-        "old, ref = logprobs if on_policy",
-        UPDATE + "grpo",
-    ),
-    Mutation(
-        "C8",
-        "Old log-probs stay those of the rollout over all its updates.",
-        "ppo.py",
-        "policy_loss(logprobs, old, advantages[micro], mask, **settings",
-        "policy_loss(logprobs, logprobs.detach(), advantages[micro], mask, **settings",
-        UPDATE + "ppo",
-    ),
-    Mutation(
-        "C9",
-        "k3 and k2 have the value and the gradient that are claimed,",
-        "grpo.py",
-        'if kl_estimator == "k3" else log_ref_ratio.square() / 2',
-        'if kl_estimator == "k2" else log_ref_ratio.square() / 2',
-        EXACT + "kl_estimators_in_the_loss",
-    ),
-    Mutation(
-        "C9",
-        "and k1 is taken off the rewards, not added.",
-        "reinforce.py",
-        "rewards - args.beta * kl.sum(1)",
-        "rewards + args.beta * kl.sum(1)",
-        UPDATE + "reinforce",
-    ),
-    Mutation(
-        "C10",
-        "k3's ratio is pi_ref / pi.",
-        "grpo.py",
-        "log_ref_ratio = ref_logprobs - logprobs",
-        "log_ref_ratio = logprobs - ref_logprobs",
-        EXACT + "kl_estimators_in_the_loss",
-    ),
-    Mutation(
-        "C11",
-        "The KL counts once: in the loss and not in the reward too.",
-        "grpo.py",
-        "compute_advantages(rewards - overlong,",
-        "compute_advantages(rewards - overlong\n"
-        "            - args.beta * ((sampled_logprobs - ref_logprobs) * completion_mask).sum(1),",
-        UPDATE + "grpo",
-    ),
-    Mutation(
-        "C12",
-        "What could not be scored takes no part: it is no reward of 0.",
-        "reinforce.py",
-        "rewards = rewards.to(device)  #",
-        "rewards = rewards.nan_to_num().to(device)  #",
-        UPDATE + "reinforce",
-    ),
-    Mutation(
-        "C13",
-        "GSPO's clip is its own, a thousandth of the others'.",
-        "grpo.py",
-        '"clip_low": 3e-4, "clip_high": 4e-4',
-        '"clip_low": 0.2, "clip_high": 0.2',
-        SCRIPTS + "settings_are_those_of_the_papers",
-    ),
-    # PPO
-    Mutation(
-        "D1",
-        "The score is on the stop token, not one slot after it.",
-        "ppo.py",
-        "scatter_add_(1, lengths.long()[:, None] - 1,",
-        "scatter_add_(1, lengths.long()[:, None].clamp(max=token_rewards.shape[1] - 1),",
-        UPDATE + "ppo",
-    ),
-    Mutation(
-        "D2",
-        "What was cut off goes on: its last value stands for the rest.",
-        "ppo.py",
-        "values[:, -1] * truncated  #",
-        "values[:, -1] * 0  #",
-        UPDATE + "ppo",
-    ),
-    Mutation(
-        "D3",
-        "Values on padding reach no advantage.",
-        "ppo.py",
-        "next_value = torch.where(inside, values[:, t], next_value)",
-        "next_value = values[:, t]",
-        LOSSES + "gae_by_hand",
-    ),
-    Mutation(
-        "D3",
-        "GAE's recursion is exact for each lambda.",
-        "ppo.py",
-        "delta = token_rewards[:, t] + gamma * next_value - values[:, t]",
-        "delta = token_rewards[:, t] + gamma * next_value",
-        EXACT + "ppos_first_update_is_the_policy_gradient",
-    ),
-    Mutation(
-        "D4",
-        "Each token pays for its own KL.",
-        "ppo.py",
-        "(old_logprobs - ref_logprobs) * completion_mask  # [B, T]",
-        "((old_logprobs - ref_logprobs) * completion_mask).sum(1, keepdim=True) * completion_mask",
-        UPDATE + "ppo",
-    ),
-    Mutation(
-        "D5",
-        "V_t is of the state in which token t is sampled.",
-        "ppo.py",
-        "return self.head(hidden)[..., 0]",
-        "return self.head(hidden.roll(-1, 1))[..., 0]",
-        LOSSES + "values_are_of_the_state_that_a_token_is_sampled_in",
-    ),
-    Mutation(
-        "D6",
-        "The value head starts at 0,",
-        "ppo.py",
-        "torch.nn.init.zeros_(parameter)",
-        "torch.nn.init.ones_(parameter)",
-        SCRIPTS + "ppos_value_model_starts_at_0_and_shares_nothing_with_the_policy",
-    ),
-    Mutation(
-        "D6",
-        "on a trunk of its own.",
-        "ppo.py",
-        "ValueModel(common.load_model(args.model, device, train=args, sharded=False)[0])",
-        "ValueModel(model)",
-        SCRIPTS + "ppos_value_model_starts_at_0_and_shares_nothing_with_the_policy",
-    ),
-    Mutation(
-        "D7",
-        "Returns are of the advantages before whitening.",
-        "ppo.py",
-        "        advantages = whiten(advantages, completion_mask)\n",
-        "        advantages = whiten(advantages, completion_mask)\n        returns = advantages + old_values\n",
-        UPDATE + "ppo",
-    ),
-    Mutation(
-        "D8",
-        "The value loss is the worse of the two,",
-        "ppo.py",
-        "torch.max((values - returns).square()",
-        "torch.min((values - returns).square()",
-        GOLDEN + "ppo",
-    ),
-    Mutation(
-        "D8",
-        "clipped around the rollout's values.",
-        "ppo.py",
-        "value_loss(values, old_values[micro],",
-        "value_loss(values, values.detach(),",
-        UPDATE + "ppo",
-    ),
-    Mutation(
-        "D9",
-        "An infinite ratio is no NaN.",
-        "ppo.py",
-        "(logprobs - old_logprobs).clamp(-20, 20).exp()",
-        "(logprobs - old_logprobs).exp()",
-        LOSSES + "a_ratio_out_of_all_bounds_stays_finite",
-    ),
-    # TRPO
-    Mutation(
-        "D10",
-        "The Fisher matrix is that of the whole vocabulary.",
-        "trpo.py",
-        "jvp = log_softmax.detach().exp() * jvp * weight",
-        "jvp = jvp * weight",
-        EXACT + "fisher_vector_product_over_all_completions",
-    ),
-    Mutation(
-        "D10",
-        "The KL of the search is KL(old || new).",
-        "trpo.py",
-        "kl += (old.exp() * (old - new)).sum()",
-        "kl += (new.exp() * (new - old)).sum()",
-        EXACT + "the_searchs_surrogate_and_kl_are_exact",
-    ),
-    Mutation(
-        "D11",
-        "Conjugate gradient solves the damped system,",
-        "trpo.py",
-        "conjugate_gradient(partial(fvp, damping=args.damping), gradient",
-        "conjugate_gradient(fvp, gradient",
-        UPDATE + "trpo",
-    ),
-    Mutation(
-        "D11",
-        "in float32 at least, and stops where there is no curvature.",
-        "trpo.py",
-        "if curvature <= 0:",
-        "if curvature != curvature:",
-        TRPO + "conjugate_gradient_solves",
-    ),
-    Mutation(
-        "D12",
-        "The step is as long as the bound allows,",
-        "trpo.py",
-        "(2 * max_kl / (x @ fvp(x))).sqrt()",
-        "(max_kl / (x @ fvp(x))).sqrt()",
-        TRPO + "a_small_step_has_the_kl_that_is_predicted",
-    ),
-    Mutation(
-        "D12",
-        "never passes it,",
-        "trpo.py",
-        "if surrogate > surrogate_before and kl <= max_kl:",
-        "if surrogate > surrogate_before:",
-        TRPO + "line_search",
-    ),
-    Mutation(
-        "D12",
-        "of which float32 tells a KL of 1e-8 too,",
-        "trpo.py",
-        "old, new = (x.to(dtype).log_softmax(-1) for x in (old, new))",
-        "pass",
-        TRPO + "a_kl_of_1e_8_can_be_measured_with_a_model_in_float32",
-    ),
-    Mutation(
-        "D12",
-        "and a failed search restores the parameters.",
-        "trpo.py",
-        "        parameter.copy_(old_parameter)\n",
-        "        pass\n",
-        TRPO + "line_search",
-    ),
-    # DPO
-    Mutation(
-        "E1",
-        "Sums of log-probs; means for IPO and SimPO.",
-        "dpo.py",
-        'if loss_type in ("ipo", "simpo") else total',
-        'if loss_type in ("ipo", "simpo", "sigmoid") else total',
-        GOLDEN + "dpo_losses",
-    ),
-    Mutation(
-        "E1",
-        "Minimised, it is the policy ref exp(r / beta).",
-        "dpo.py",
-        "right, wrong = F.logsigmoid(beta * (h_w - h_l)),",
-        "right, wrong = F.logsigmoid(h_w - h_l),",
-        EXACT + "dpos_minimiser_is_the_closed_form",
-    ),
-    Mutation(
-        "E2",
-        "At the reference the loss is log 2.",
-        "dpo.py",
-        "(rejected_logps - ref_rejected_logps).float()",
-        "(rejected_logps - ref_chosen_logps).float()",
-        DPO + "loss_at_the_reference",
-    ),
-    Mutation(
-        "E3",
-        "Pairs that are equal once cut off are dropped.",
-        "dpo.py",
-        "if chosen and rejected and chosen != rejected else []",
-        "if chosen and rejected else []",
-        DPO + "pairs_without_a_difference_are_dropped_and_counted",
-    ),
-    Mutation(
-        "E4",
-        "The reference is the starting model,",
-        "dpo.py",
-        "all_ref_logps[list(indices)]",
-        "reference_logprobs(model, examples, args)[list(indices)]",
-        UPDATE + "dpo",
-    ),
-    Mutation(
-        "E4",
-        "and what is kept of it is kept by row.",
-        "dpo.py",
-        "list(enumerate(tokenize(model, tokenizer, train_rows, args)))",
-        "[(0, pair) for pair in tokenize(model, tokenizer, train_rows, args)]",
-        UPDATE + "dpo",
-    ),
-    Mutation(
-        "E5",
-        "Chosen and rejected log-probs are logged apart: both may fall while the margin grows.",
-        "dpo.py",
-        '"logps/rejected": logps[:, 1]',
-        '"logps/rejected": logps[:, 0]',
-        UPDATE + "dpo",
-    ),
-    Mutation(
-        "E6",
-        "Label smoothing does what it says or is refused.",
-        "dpo.py",
-        "or (self.label_smoothing and not smoothed)",
-        "",
-        ERRORS + "bad_flags_are_refused_before_a_model_is_loaded",
-    ),
-    # GRAPE
-    Mutation(
-        "GRAPE",
-        "An item weighs by its mean confidence, which no completion can lower for itself.",
-        "grape.py",
-        "c = (known / count.clamp(min=1)).repeat_interleave(samples_per_prompt, 0)",
-        "c = confidences",
-        GRAPE + "invariants",
-    ),
-    Mutation(
-        "GRAPE",
-        "No confidence at all is reward 0, not NaN.",
-        "grape.py",
-        "shares.sum(1, keepdim=True).clamp(min=1e-12)",
-        "shares.sum(1, keepdim=True)",
-        GRAPE + "invariants",
-    ),
-    Mutation(
-        "GRAPE",
-        "One item of confidence 1 is GRPO to the last bit.",
-        "grape.py",
-        "return (shares * scores.float().nan_to_num()).sum(1)",
-        "return (shares * scores.float().nan_to_num()).sum(1).mul(0.9)",
-        GRAPE + "one_item_of_confidence_1_is_grpo_to_the_last_bit",
-    ),
-    Mutation(
-        "GRAPE, C12",
-        "A critic that answers neither yes nor no has not scored.",
-        "grape.py",
-        'answers.append(answer.where(p_yes + p_no >= 0.01, float("nan")))',
-        "answers.append(answer)",
-        GRAPE + "critic_is_read_by_its_yes_and_no",
-    ),
-    # runs that stop, go on, or must not
-    Mutation(
-        "R1",
-        "A resumed run has its optimizer's state,",
-        "common.py",
-        'if moments := state["parts"][name]["moments"]:',
-        "if moments := None:",
-        RUNS + "a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[grpo]",
-    ),
-    Mutation(
-        "R1",
-        "its value model,",
-        "ppo.py",
-        "run.start(model=(model, optimizer), value_model=(value_model, value_optimizer))",
-        "run.start(model=(model, optimizer))",
-        RUNS + "a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[ppo]",
-    ),
-    Mutation(
-        "R1",
-        "each step's own seed,",
-        "common.py",
-        "                transformers.set_seed((self.args.seed * 1_000_003 + step * 8191 + RANK) % 2**32)\n",
-        "",
-        RUNS + "a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[reinforce]",
-    ),
-    Mutation(
-        "R1",
-        "which Python's and numpy's generators get, too, as a reward may draw from them;",
-        "common.py",
-        "transformers.set_seed((self.args",
-        "torch.manual_seed((self.args",
-        RUNS + "a_reward_that_draws_random_numbers_draws_on_after_a_resume",
-    ),
-    Mutation(
-        "R1",
-        "a step that was done twice is in metrics.jsonl once;",
-        "common.py",
-        'state["sizes"][name] if state else 0',
-        "file.stat().st_size if state else 0",
-        RUNS + "a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[sft]",
-    ),
-    Mutation(
-        "R1",
-        "a run that was killed before its first checkpoint begins again;",
-        "common.py",
-        'state["sizes"][name] if state else 0',
-        'state["sizes"][name] if state else file.stat().st_size',
-        RUNS + "a_run_that_was_killed_before_its_first_checkpoint_begins_again",
-    ),
-    Mutation(
-        "R2",
-        "A kill during a save leaves the last good checkpoint.",
-        "common.py",
-        'new = self.checkpoint.with_suffix(".new")',
-        "new = self.checkpoint",
-        RUNS + "a_kill_during_a_save_leaves_the_last_good_checkpoint[torch.save]",
-    ),
-    Mutation(
-        "R3",
-        "Ctrl-C and SIGTERM save.",
-        "common.py",
-        "if not stopping and (every == 0 or step % every):",
-        "if every == 0 or step % every:",
-        RUNS + "sigterm_saves_like_ctrl_c_and_a_second_one_ends_at_once",
-    ),
-    Mutation(
-        "R4",
-        "Gradients that are not finite never reach the weights.",
-        "dpo.py",
-        "run.check_finite(step, norm)",
-        "float(norm)",
-        ERRORS + "gradients_that_are_not_finite_stop_the_run_before_the_weights[dpo]",
-    ),
-    Mutation(
-        "R5",
-        "A reward that is NaN is an error, not a missing score.",
-        "common.py",
-        "not math.isfinite(value)",
-        "math.isinf(value)",
-        ERRORS + "rewards_that_return_nonsense",
-    ),
-    # several processes
-    Mutation(
-        "P1",
-        "A loss is divided by the count over all processes, where their rows are of unlike lengths,",
-        "sft.py",
-        "tokens = common.total(completion_mask.sum())",
-        "tokens = completion_mask.sum()",
-        TOGETHER + "[sft]",
-    ),
-    Mutation(
-        "P1",
-        "whatever the loss type,",
-        "grpo.py",
-        "normalizer = common.total(normalizer).clamp(min=1)",
-        "normalizer = normalizer.clamp(min=1)",
-        TOGETHER + "[grpo-dapo]",
-    ),
-    Mutation(
-        "P1",
-        "and statistics are of all processes' tokens.",
-        "ppo.py",
-        "mean = common.total((advantages * completion_mask).sum()) / tokens",
-        "mean = (advantages * completion_mask).sum() / tokens",
-        TOGETHER + "[ppo]",
-    ),
-    Mutation(
-        "P2",
-        "Each process has its own share of the prompts.",
-        "common.py",
-        "return rows[len(rows) * RANK // WORLD_SIZE : len(rows) * (RANK + 1) // WORLD_SIZE]",
-        "return rows[: len(rows) // WORLD_SIZE]",
-        TOGETHER + "[reinforce]",
-    ),
-    Mutation(
-        "P3",
-        "TRPO's replicas take one step: the Fisher matrix is of all processes' tokens,",
-        "trpo.py",
-        "return common.total(product) + damping * vector",
-        "return product + damping * vector",
-        TOGETHER + "[trpo]",
-    ),
-    Mutation(
-        "P3",
-        "and so is the line search.",
-        "trpo.py",
-        "return common.total(surrogate), common.total(kl)",
-        "return surrogate, kl",
-        TOGETHER + "[trpo]",
-    ),
-    Mutation(
-        "P4",
-        "A process that kept fewer completions runs the same passes, on rows without weight.",
-        "rejection_sampling.py",
-        "completion_mask[micro] * (micro >= 0)[:, None]",
-        "completion_mask[micro]",
-        TOGETHER + "[rejection_sampling]",
-    ),
-    Mutation(
-        "P5",
-        "Log-probs that were kept by one process reach the others, whose rows they are in the next epoch.",
-        "dpo.py",
-        "return common.total(table, torch.distributed.ReduceOp.MAX)",
-        "return table",
-        TOGETHER + "[dpo]",
-    ),
-    Mutation(
-        "P5",
-        "A row that two processes came to counts once.",
-        "dpo.py",
-        "return common.total(table, torch.distributed.ReduceOp.MAX)",
-        "return common.total(table.where(table.isfinite(), 0.0))",
-        TOGETHER + "[dpo]",
-    ),
-    Mutation(
-        "P5",
-        "A resumed run of several processes loads its checkpoint after the reference's log-probs were computed.",
-        "common.py",
-        "model.state_dict()  # FSDP then shards again what a forward pass left gathered",
-        "pass",
-        DISTRIBUTED + "a_killed_run_goes_on_with_as_many_processes_or_others[2-2]",
-    ),
-    Mutation(
-        "P6",
-        "A batch's confidences are of all processes.",
-        "grape.py",
-        "common.total(known.sum(0)) / common.total(scored.sum(0))",
-        "known.sum(0) / scored.sum(0)",
-        TOGETHER + "[grape-batch]",
-    ),
-    Mutation(
-        "P7",
-        "An accuracy is over all held-out prompts, of which processes may have unlike numbers.",
-        "common.py",
-        "for x in (sums, counts))",
-        "for x in ([s / c for s, c in zip(sums, counts)], [1.0] * len(sums)))",
-        TOGETHER + "[sft]",
-    ),
-    Mutation(
-        "P8",
-        "Each process draws its own random numbers,",
-        "common.py",
-        "+ step * 8191 + RANK)",
-        "+ step * 8191)",
-        DISTRIBUTED + "the_readmes_command_writes_and_says_everything_once",
-    ),
-    Mutation(
-        "P8",
-        "and goes on with them after a resume.",
-        "common.py",
-        "+ step * 8191 + RANK)",
-        "+ step * 8191 + RANK * (self.done == 0))",
-        DISTRIBUTED + "each_process_goes_on_with_its_own_random_numbers",
-    ),
-    Mutation(
-        "P9",
-        "Tied weights are saved once.",
-        "common.py",
-        " if name not in tied}",
-        "}",
-        TOGETHER + "[sft]",
-    ),
-    # adapters, gradient checkpointing
-    Mutation(
-        "L1",
-        "The reference is the model without its adapters.",
-        "common.py",
-        "layer._disable_adapters = True",
-        "layer._disable_adapters = False",
-        ADAPTERS + "the_reference_is_the_start_though_the_adapters_were_trained[grpo]",
-    ),
-    Mutation(
-        "L2",
-        "A checkpoint holds no frozen weights.",
-        "common.py",
-        "ignore_frozen_params=True",
-        "ignore_frozen_params=False",
-        ADAPTERS + "lora_trains_adapters_only_and_saves_them_as_peft_does[sft]",
-    ),
-    Mutation(
-        "0.2, L3",
-        "Where gradients are checkpointed the model is in eval mode, too, in which a rollout keeps its cache;",
-        "common.py",
-        "model.base_model.recomputes = True",
-        "model.train().base_model.recomputes = True",
-        ADAPTERS + "gradient_checkpointing_computes_layers_twice_in_updates_and_never_in_train_mode[True]",
-    ),
-    Mutation(
-        "L3",
-        "an update shares no prompt's cache, which layers that run twice would write twice.",
-        "grpo.py",
-        "alone or not common.shares_prompts(model.base_model)",
-        "alone",
-        ADAPTERS + "gradient_checkpointing_changes_no_figure[grpo-0]",
-    ),
-    # what users bring
-    Mutation(
-        "U1",
-        "A reward is called by keyword,",
-        "common.py",
-        "function(**{key: given[key] for key in given if everything or key in taken})",
-        "function(*[given[key] for key in given if everything or key in taken])",
-        REWARDS + "a_reward_is_called_by_keyword_whatever_it_is",
-    ),
-    Mutation(
-        "U1",
-        "gets the ids of the kept tokens only,",
-        "common.py",
-        "kept = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu() > 0)]",
-        "kept = [row.tolist() for row, keep in zip(ids.cpu(), mask.cpu() > 0)]",
-        REWARDS + "completion_ids_are_the_kept_tokens",
-    ),
-    Mutation(
-        "U1",
-        "is refused by name if it takes what the data has not,",
-        "common.py",
-        "if rows and (missing := ",
-        "if not rows and (missing := ",
-        REWARDS + "what_fits_nothing_is_refused_by_name_before_a_model_is_loaded",
-    ),
-    Mutation(
-        "U1",
-        "changes nobody's data,",
-        "common.py",
-        "[copy.deepcopy(part) for part in parts]",
-        "parts",
-        REWARDS + "a_reward_changes_nobodys_data",
-    ),
-    Mutation(
-        "U1",
-        "not even that of a second sample of the prompt,",
-        "common.py",
-        "[copy.deepcopy(part) for part in parts]",
-        "copy.deepcopy(parts)",
-        REWARDS + "a_reward_changes_nobodys_data",
-    ),
-    Mutation(
-        "U1",
-        "is the file's of that folder, however many have its name,",
-        "common.py",
-        "            sys.modules.pop(file.stem, None)\n",
-        "",
-        REWARDS + "installed_modules_and_neighbours_and_pickle",
-    ),
-    Mutation(
-        "U1",
-        "and may be asynchronous: all wait together, on one loop.",
-        "common.py",
-        "THREAD.submit(LOOP.run_until_complete, together(waiting.values())).result()",
-        "THREAD.submit(asyncio.run, together(waiting.values())).result()",
-        REWARDS + "asynchronous_rewards_wait_together_on_one_loop_also_in_a_notebook",
-    ),
-    Mutation(
-        "U2",
-        "No wrong answer scores 1: not a pair,",
-        "builtin_rewards.py",
-        """around = "*_`'\\"" if re.match(r"[(\\[{].*,", text) else """,
-        "around = ",
-        REWARDS + "exact_answer_of_cases_from_public_reports",
-    ),
-    Mutation(
-        "U2",
-        "not one of several numbers,",
-        "builtin_rewards.py",
-        "len(parts) < 3 and ",
-        "",
-        REWARDS + "exact_answer",
-    ),
-    Mutation(
-        "U2",
-        "not a side of an equation,",
-        "builtin_rewards.py",
-        "|^[^A-Za-z<>=]*=",
-        "|=",
-        REWARDS + "exact_answer",
-    ),
-    Mutation(
-        "U2",
-        "nor one of thoughts that were cut off;",
-        "builtin_rewards.py",
-        '.partition("<think>")[0]',
-        "",
-        REWARDS + "exact_answer",
-    ),
-    Mutation(
-        "U2",
-        "numbers are compared as numbers,",
-        "builtin_rewards.py",
-        'return Decimal(text.replace(",", "")) if plain else None',
-        "return text if plain else None",
-        REWARDS + "exact_answer_of_cases_from_public_reports",
-    ),
-    Mutation(
-        "U2",
-        "and an empty or missing answer is none.",
-        "builtin_rewards.py",
-        "if wanted and truth == truth else None",
-        "if truth == truth else None",
-        REWARDS + "exact_answer",
-    ),
-    Mutation(
-        "U3",
-        "Each turn of the assistant is learned, after the turns before it;",
-        "sft.py",
-        '[[*before, *turns[:i]] if i else row["prompt"] for i in range(len(turns))]',
-        '[row["prompt"] for i in range(len(turns))]',
-        DATA + "every_turn_of_the_assistant_is_learned_and_no_other",
-    ),
-    Mutation(
-        "U3",
-        "no other turn is.",
-        "sft.py",
-        ' for p, turn in zip(prompts, turns) if turn["role"] == "assistant"]',
-        " for p, turn in zip(prompts, turns)]",
-        DATA + "every_turn_of_the_assistant_is_learned_and_no_other",
-    ),
-    Mutation(
-        "U3",
-        "The turns that chosen and rejected share are the prompt's,",
-        "dpo.py",
-        "prompt = prompt or shared",
-        "prompt = prompt or shared[:1]",
-        DATA + "pairs_with_the_prompt_apart_or_within",
-    ),
-    Mutation(
-        "U3",
-        "and a prompt that they repeat is no part of them.",
-        "dpo.py",
-        "if shared[: len(start)] == start and not",
-        "if not start and not",
-        DATA + "pairs_with_the_prompt_apart_or_within",
-    ),
-    Mutation(
-        "U3",
-        "Tools reach the chat template,",
-        "common.py",
-        'tools = without_none(row.get("tools") or None)',
-        "tools = None",
-        DATA + "what_a_chat_prompt_becomes",
-    ),
-    Mutation(
-        "U3",
-        "so does a row's own setting;",
-        "common.py",
-        ', **without_none(row.get("chat_template_kwargs") or {}))',
-        ")",
-        DATA + "what_a_chat_prompt_becomes",
-    ),
-    Mutation(
-        "U3",
-        "a begun answer is continued,",
-        "common.py",
-        'continued = turns[-1]["role"] == "assistant"',
-        "continued = False",
-        DATA + "what_a_chat_prompt_becomes",
-    ),
-    Mutation(
-        "U3",
-        "a rendered prompt is not rendered again,",
-        "common.py",
-        "if any(marks) and all(",
-        "if False and all(",
-        DATA + "what_a_chat_prompt_becomes",
-    ),
-    Mutation(
-        "U3",
-        "and a template that drops a part of an answer is refused.",
-        "common.py",
-        ' or not all("".join(part.split()) in "".join(text.split()) for part in parts)',
-        "",
-        DATA + "a_template_that_rewrites_an_answer_is_refused",
-    ),
-    Mutation(
-        "U3",
-        "A byte order mark is no text,",
-        "common.py",
-        '"utf-8-sig"',
-        '"utf-8"',
-        DATA + "files_of_other_systems",
-    ),
-    Mutation(
-        "U3",
-        "NaN is refused by row,",
-        "common.py",
-        "allow_nan=False",
-        "allow_nan=True",
-        DATA + "rows_that_no_tokenizer_or_log_could_take",
-    ),
-    Mutation(
-        "U3",
-        "as is half a surrogate pair.",
-        "common.py",
-        "allow_nan=False, default=str).encode()",
-        "allow_nan=False, default=str)",
-        DATA + "rows_that_no_tokenizer_or_log_could_take",
-    ),
-    Mutation(
-        "U3",
-        "What Arrow filled in is left out.",
-        "common.py",
-        "for key, part in value.items() if part is not None}",
-        "for key, part in value.items()}",
-        DATA + "what_a_chat_prompt_becomes",
-    ),
-    Mutation(
-        "U4",
-        "Targets have no space that the data has not,",
-        "common.py",
-        'for before in (start, "\\n", ""):',
-        'for before in ("",):',
-        DATA + "targets_are_what_a_rollout_could_sample",
-    ),
-    Mutation(
-        "U4",
-        "no prompt ends with EOS,",
-        "common.py",
-        "return ids[:-1] if ended else ids",
-        "return ids",
-        DATA + "a_tokenizer_that_ends_each_text_ends_no_prompt",
-    ),
-    Mutation(
-        "U4",
-        "and tokens beyond the embedding are refused.",
-        "common.py",
-        "for token in ids if token >= size",
-        "for token in ids if token > 2 * size",
-        DATA + "tokens_beyond_the_embedding_are_refused_before_any_work",
-    ),
-    Mutation(
-        "U5",
-        "Weights that do not fit are refused,",
-        "common.py",
-        "if any(unfit.values()):",
-        "if False:",
-        DATA + "weights_that_do_not_fit_are_refused_by_name",
-    ),
-    Mutation(
-        "U5",
-        "code in a model's folder is not asked about,",
-        "common.py",
-        "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)",
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
-        DATA + "code_in_a_models_folder_is_neither_run_nor_asked_about",
-    ),
-    Mutation(
-        "U5",
-        "router logits are not asked for,",
-        "common.py",
-        ".output_router_logits = False",
-        ".output_router_logits = True",
-        DATA + "a_mixture_of_experts_trains_as_a_plain_model",
-    ),
-    Mutation(
-        "U5",
-        "and a processor's files are saved.",
-        "common.py",
-        "                shutil.copy(file, part)\n",
-        "                pass\n",
-        DATA + "a_model_that_sees_is_saved_with_its_processors_files",
-    ),
-    Mutation(
-        "U6",
-        "Runs of one second have folders of their own,",
-        "common.py",
-        ":%Y%m%d-%H%M%S-%f}",
-        ":%Y%m%d-%H%M%S}",
-        DATA + "runs_of_one_moment_have_folders_of_their_own",
-    ),
-    Mutation(
-        "U6",
-        "a console that lacks a character ends no run,",
-        "common.py",
-        'errors="backslashreplace"',
-        'errors="strict"',
-        DATA + "a_console_that_lacks_a_character_ends_no_run",
-    ),
-    Mutation(
-        "U6",
-        "main gives signals back,",
-        "common.py",
-        "for number, handler in handlers.items():",
-        "for number, handler in ():",
-        DATA + "main_leaves_signals_and_random_numbers_as_they_were_also_from_a_thread",
-    ),
-    Mutation(
-        "U6",
-        "and random numbers, and works in a thread.",
-        "common.py",
-        "    with torch.random.fork_rng(range(torch.cuda.device_count())):",
-        "    with contextlib.nullcontext():",
-        DATA + "main_leaves_signals_and_random_numbers_as_they_were_also_from_a_thread",
-    ),
-]
+def read(text: str) -> list[Mutation]:
+    form = r"([^:]+): (.+)\n(\S+)\n((?:-.*\n)+)((?:\+.*\n)*)(\S+)"
+    parts = [re.fullmatch(form, block).groups() for block in text.strip().split("\n\n")]
+    return [Mutation(*(re.sub(r"^[-+]", "", x, flags=re.M).strip("\n") for x in part)) for part in parts]
 
 
-# where each was met: issues of other projects, or papers
-MET = {
-    "0.1": "trl#5783, verl#7270",
-    "0.2": "transformers#36051, trl#3683",
-    "0.3": "transformers#42805",
-    "0.4": "NeMo-RL#2322",
-    "0.5": "pytorch#116350",
-    "0.6": "transformers#41626, trl#4880",
-    "A1": "trl#3681",
-    "A2": "trl#3029, NeMo-RL#935",
-    "A4": "transformers#31267, genlm-backend#66",
-    "A5": "trl#3867, verl#2953",
-    "A6": "trl#6800, OpenRLHF#217",
-    "A7": "trl#1623, trl#3091",
-    "A8": "trl#7039, trl#1553",
-    "A9": "SkyRL#123",
-    "A10": "vllm#13175",
-    "A11": "transformers#31796, open-r1#462",
-    "A12": "arXiv 2403.17031, trl#3234",
-    "A13": "transformers#34191, verl#906",
-    "A14": "rlhf-book#216",
-    "A15": "trl#7083",
-    "B1": "trl#4147, trl#2209",
-    "B2": "trl#3091, trl#4698",
-    "B5": "rlhf-book#373",
-    "C1": "arXiv 2402.14740",
-    "C2": "arXiv 2503.20783",
-    "C3": "NeMo-RL#4161",
-    "C4": "trl#3256, verl#3741",
-    "C5": "trl#7068, trl#6365",
-    "C6": "trl#6369",
-    "C7": "trl#2703, open-r1#239",
-    "C8": "trl#3757",
-    "C9": "arXiv 2512.21852",
-    "C10": "ToolRL#52, RAGEN#58",
-    "C11": "OpenRLHF#768",
-    "C12": "trl#5902",
-    "C13": "arXiv 2507.18071",
-    "D1": "trl#3750",
-    "D2": "miles#1827",
-    "D3": "ROLL#447",
-    "D4": "trl#11",
-    "D6": "trlx#203, trl#1063",
-    "D8": "trl#202",
-    "D9": "NeMo-Aligner#68",
-    "D10": "arXiv 1502.05477",
-    "D11": "sb3-contrib#38",
-    "D12": "tianshou#1287, modular_rl#7",
-    "E1": "open-instruct#483, trl#1265",
-    "E2": "ETO#14",
-    "E3": "rlhf-book#503",
-    "E4": "trl#2423, trl#5542",
-    "E5": "trl#800",
-    "E6": "trl#1035",
-    "R1": "trl#2657, OpenRLHF#1103",
-    "U1": "verl#1293, its_hub#21",
-    "U2": "verl#7274, evalscope#903, trl#4563",
-    "U3": "prime-rl#1334, trl#6472, ms-swift#10110, transformers#33198, DeepSeek-R1#633",
-    "U4": "trl#2209",
-    "U5": "heretic#31",
-    "U6": "pangaea-bench#104",
-}
+MUTATIONS = read(TRAPS)
 
 
 def table() -> str:
@@ -1422,13 +559,9 @@ def table() -> str:
         return f"`{text}`" if text else "nothing"
 
     rows = ["| trap | how it must be | the edit that springs it | red then |", "|---|---|---|---|"]
-    met = dict(MET)
     for m in MUTATIONS:
-        sources = "; ".join(met.pop(trap) for trap in m.trap.split(", ") if trap in met)
-        edit = f"{m.file}: {code(m.old)} becomes {code(m.new)}"
         file, _, test = m.test.partition("::")
-        right = f"{m.right} ({sources})" if sources else m.right
-        rows.append(f"| {m.trap} | {right} | {edit} | {test} in {file} |")
+        rows.append(f"| {m.trap} | {m.right} | {m.file}: {code(m.old)} becomes {code(m.new)} | {test} in {file} |")
     return "\n".join(rows) + "\n"
 
 

@@ -57,9 +57,9 @@ class Oracle:
             self.mask[row, : len(completion)] = 1.0
 
     def batch(self, padding=2):
-        """What the scripts' functions take: prompt_ids, prompt_mask, completion_ids, completion_mask, and padding."""
-        ids, mask = torch.tensor([2] * padding + self.prompt), torch.tensor([0] * padding + [1] * len(self.prompt))
-        return ids.expand(len(self.ids), -1), mask.expand(len(self.ids), -1), self.ids, self.mask
+        """What the scripts' functions take: prompt_ids, prompt_mask [1, P], completion_ids, completion_mask [M, T]."""
+        ids, mask = [2] * padding + self.prompt, [0] * padding + [1] * len(self.prompt)
+        return torch.tensor([ids]), torch.tensor([mask]), self.ids, self.mask
 
     def gradient(self, scalar):
         return flat_gradient(scalar, self.model)

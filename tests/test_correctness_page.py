@@ -1,13 +1,12 @@
 """docs/correctness.md and tests/mutations.py hold together with the code: the edits apply, the tests exist."""
 
 import ast
-import re
 
 import mutations
 import pytest
 
 
-@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda m: f"{m.trap}-{m.right[:30]}")
+@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda m: m.trap)
 def test_each_edit_applies_and_its_test_exists(mutation):
     text = (mutations.REPO / mutation.file).read_text()
     assert text.count(mutation.old) == 1 and mutation.new != mutation.old
@@ -19,12 +18,7 @@ def test_each_edit_applies_and_its_test_exists(mutation):
     assert test.partition("[")[0] in tests
 
 
-def test_the_page_has_the_table_and_names_what_exists():
-    page = mutations.PAGE.read_text()
-    assert mutations.START + mutations.table() + mutations.END in page
-    for name in re.findall(r"`((?:tests|benchmarks)/\w+\.\w+|test_\w+\.py)`", page):
-        assert (mutations.REPO / name).exists() or (mutations.REPO / "tests" / name).exists(), name
-
-
-def test_sources_are_of_traps_that_are_listed():
-    assert mutations.MET.keys() <= {trap for m in mutations.MUTATIONS for trap in m.trap.split(", ")}
+def test_the_page_has_the_table_in_which_each_trap_stands_once():
+    assert mutations.START + mutations.table() + mutations.END in mutations.PAGE.read_text()
+    traps = [trap for mutation in mutations.MUTATIONS for trap in mutation.trap.split(", ")]
+    assert len(traps) == len(set(traps))

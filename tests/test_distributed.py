@@ -3,7 +3,9 @@
 Two processes with gloo, on sharded models, some of them under torchrun; worker.py has the runs.
 """
 
+import inspect
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import common
 import grpo
@@ -21,28 +22,28 @@ import torch
 from conftest import CHAT_TEMPLATE, random_model
 from process import Script
 from safetensors.torch import load_file
-from test_scripts import REPO, read_jsonl
-from test_update import JUDGE
-from transformers import OPTConfig, OPTForCausalLM
+from test_scripts import FEW, REPO, read_jsonl
+from test_update import doubt, judge
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def launch(command, **environment):
-    """The finished process; it must not be waited for in vain."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=REPO, env=environment, timeout=100
-    )
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def work(folder, jobs, processes, torchrun=False):
+def launch(*command):
+    """The finished torchrun; it must not be waited for in vain."""
+    command = [*TORCHRUN, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=ENVIRONMENT, timeout=100)
+
+
+def work(folder, jobs, processes, torchrun=False, ends=True):
     file = folder / f"jobs-{time.monotonic_ns()}.json"
     file.write_text(json.dumps(jobs))
     command = [REPO / "tests" / "worker.py", file]
-    if torchrun:
-        return launch([*TORCHRUN, *command])
-    return Script(command, cwd=REPO, processes=processes, CUDA_VISIBLE_DEVICES="").wait()
+    done = launch(*command) if torchrun else Script(command, cwd=REPO, processes=processes, **ENVIRONMENT).wait()
+    assert (done.returncode == 0) == ends, done.stderr[-3000:]
+    return done
 
 
 def weights(folder):
@@ -51,16 +52,10 @@ def weights(folder):
 
 
 def figures(folder):
-    rows = [
-        {
-            name: float("nan") if value is None else value  # an item of a category that no prompt of the step had
-            for name, value in row.items()
-            if not name.startswith(("time/", "memory/", "tokens_per_second"))
-        }
-        for row in read_jsonl(folder / "metrics.jsonl")
-    ]
+    rows = read_jsonl(folder / "metrics.jsonl")
     rows[1].pop("reward/accuracy", None)  # dpo.py's; its first margins are 0 but for rounding
-    return rows
+    rows = [{name: row[name] for name in row if not name.startswith(("time/", "tokens_per_second"))} for row in rows]
+    return [{name: math.nan if x is None else x for name, x in row.items()} for row in rows]  # no item's score
 
 
 def assert_same(folder, other, tolerance=1e-9):
@@ -78,37 +73,32 @@ def assert_same(folder, other, tolerance=1e-9):
 
 RUBRICS = {
     "one": [{"name": "judge", "weight": 1.0, "verifier": "mine.py:judge"}],
-    "two": [
-        {"name": "doubt", "weight": 2.0, "verifier": "mine.py:doubt"},
-        {"name": "asked", "weight": 1.0, "question": "Is it right?"},
-    ],
+    "two": [{"name": "doubt", "weight": 2.0, "verifier": "mine.py:doubt"}],
 }
+RUBRICS["two"] += [{"name": "asked", "weight": 1.0, "question": "Is it right?"}]
 # Of each script an update or several of the whole batch: orders of minibatches differ from process to process.
 JOBS = {
-    "sft": {"script": "sft", "prompts_per_step": 6},
-    "sft-checkpointing": {"script": "sft", "prompts_per_step": 6, "gradient_checkpointing": True},
-    "rejection_sampling": {"script": "rejection_sampling", "strategy": "threshold", "threshold": 0.9},
-    "rejection_sampling-batch": {"script": "rejection_sampling", "strategy": "best_of_batch"},
-    "reinforce": {"script": "reinforce", "beta": 0.1},
-    "reinforce-opt": {"script": "reinforce", "beta": 0.1, "lora_rank": 2, "micro_batch_size": 4, "model": "opt"},
-    "trpo": {"script": "trpo", "beta": 0.1, "max_kl": 0.001},
-    "trpo-lora": {"script": "trpo", "lora_rank": 2, "max_kl": 0.001},
-    "ppo": {"script": "ppo", "num_minibatches": 1, "value_clip_range": 1.0},
-    "ppo-lora": {"script": "ppo", "num_minibatches": 1, "lora_rank": 2, "gradient_checkpointing": True},
-    "ppo-target": {"script": "ppo", "num_minibatches": 1, "num_epochs": 4, "target_kl": 1e-4},
-    "grpo": {"script": "grpo", "num_minibatches": 1, "num_epochs": 2, "beta": 0.1},
-    "grpo-dapo": {"script": "grpo", "num_minibatches": 1, "loss_type": "dapo"},
-    "grpo-lora": {"script": "grpo", "num_minibatches": 1, "beta": 0.1, "lora_rank": 2},
-    "dpo": {
-        "script": "dpo",
-        "num_steps": 6,
-        "prompts_per_step": 10,
-    },  # more than an epoch, with log-probs kept from the first one, whose last step has rows of the next one
-    "dpo-lora": {"script": "dpo", "lora_rank": 2},
-    "grape": {"script": "grape", "num_minibatches": 1},
-    "grape-batch": {"script": "grape", "num_minibatches": 1, "confidence_scope": "batch"},
+    "sft": {"prompts_per_step": 6},
+    "sft-checkpointing": {"prompts_per_step": 6, "gradient_checkpointing": True},
+    "rejection_sampling": {"strategy": "threshold", "threshold": 0.9},
+    "rejection_sampling-batch": {"strategy": "best_of_batch"},
+    "reinforce": {"beta": 0.1},
+    "reinforce-opt": {"beta": 0.1, "lora_rank": 2, "micro_batch_size": 4, "model": "opt"},
+    "trpo": {"beta": 0.1, "max_kl": 0.001},
+    "trpo-lora": {"lora_rank": 2, "max_kl": 0.001},
+    "ppo": {"value_clip_range": 1.0},
+    "ppo-lora": {"lora_rank": 2, "gradient_checkpointing": True},
+    "ppo-target": {"num_epochs": 4, "target_kl": 1e-4},
+    "grpo": {"num_epochs": 2, "beta": 0.1},
+    "grpo-dapo": {"loss_type": "dapo"},
+    "grpo-lora": {"beta": 0.1, "lora_rank": 2},
+    # more than an epoch, with log-probs kept from the first one, whose last step has rows of the next one
+    "dpo": {"num_steps": 6, "prompts_per_step": 10},
+    "dpo-lora": {"lora_rank": 2},
+    "grape": {},
+    "grape-batch": {"confidence_scope": "batch"},
     # a prompt for each process and step: in some steps only one of them has a question for the critic
-    "grape-few": {"script": "grape", "num_minibatches": 1, "prompts_per_step": 2, "num_steps": 4},
+    "grape-few": {"prompts_per_step": 2, "num_steps": 4},
 }
 
 
@@ -118,25 +108,21 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     tokenizer = common.load_model("models/arithmetic", torch.device("cpu"))[1]
     tokenizer.chat_template = CHAT_TEMPLATE
-    critic = random_model("llama")
-    critic.config.max_position_embeddings = 512
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_hidden_layers": 2, "vocab_size": 300}
-    opt = OPTForCausalLM(OPTConfig(num_attention_heads=4, **sizes))  # with linear layers outside of its blocks
-    opt.generation_config.eos_token_id = [0, *range(10, 60)]
-    policy = random_model("gpt2", stop_ids=(0, *range(10, 60)))
-    for name, model in (("model", policy), ("critic", critic), ("opt", opt)):
+    critic, stop_ids = random_model("llama", max_position_embeddings=512), (0, *range(10, 60))
+    opt = random_model(
+        "opt", stop_ids=stop_ids, word_embed_proj_dim=16, ffn_dim=64
+    )  # with linear layers outside blocks
+    for name, model in (("model", random_model("gpt2", stop_ids=stop_ids)), ("critic", critic), ("opt", opt)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    turns = [
-        [[{"role": role, "content": text}] for role, text in (("user", f"{'add ' * (i % 4)}{i} to {i}"), *said)]
-        for i, said in ((i, [("assistant", f"#### {n * i + n}") for n in (2, 3)]) for i in range(40))
-    ]
-    rows = [
-        {"prompt": p, "completion": right, "chosen": right, "rejected": wrong, "category": "two" if i % 3 else "one"}
-        for i, (p, right, wrong) in enumerate(turns)
-    ]
+    rows = []
+    for i in range(40):
+        texts = (f"{'add ' * (i % 4)}{i} to {i}", f"#### {2 * i + 2}", f"#### {3 * i + 3}")
+        prompt, right, wrong = ([{"role": r, "content": t}] for r, t in zip(("user", "assistant", "assistant"), texts))
+        row = {"prompt": prompt, "completion": right, "chosen": right, "rejected": wrong}
+        rows.append(row | {"category": "two" if i % 3 else "one"})
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "mine.py").write_text(JUDGE)
+    (folder / "mine.py").write_text("import re\nimport zlib\n" + inspect.getsource(judge) + inspect.getsource(doubt))
     for category, items in RUBRICS.items():
         (folder / f"{category}.json").write_text(json.dumps({"category": category, "items": items}))
     return folder
@@ -146,11 +132,11 @@ def job(place, name, output_dir, **more):
     """What worker.py takes: the job's own settings, and those of all."""
     settings = {"num_steps": 2, "prompts_per_step": 4, "micro_batch_size": 6, "eval_prompts": 3, "eval_every": 1}
     settings |= {"model": str(place / "model"), "data": str(place / "data.jsonl"), "max_new_tokens": 4}
+    script = name.partition("-")[0]
+    settings |= {"num_minibatches": 1} if script == "ppo" else {}
+    settings |= {} if script == "trpo" else {"learning_rate": 1e-3}
     settings |= {"reward": [f"{place}/mine.py:judge"], "output_dir": str(output_dir)} | JOBS[name] | more
     settings["model"] = str(place / Path(settings["model"]).name)
-    script = settings.pop("script")
-    if script != "trpo":
-        settings["learning_rate"] = 1e-3
     if script not in ("sft", "dpo"):
         settings |= {"samples_per_prompt": 4, "temperature": 0.8}
     if script == "grape":
@@ -162,8 +148,7 @@ def job(place, name, output_dir, **more):
 def both(place):
     """The folders of all jobs, run by one process and by two."""
     for processes in (1, 2):
-        done = work(place, [job(place, name, place / str(processes) / name) for name in JOBS], processes)
-        assert done.returncode == 0, done.stderr[-3000:]
+        work(place, [job(place, name, place / str(processes) / name) for name in JOBS], processes)
     return place / "1", place / "2"
 
 
@@ -185,22 +170,18 @@ def stopped(place):
 
     Of two processes one is killed, in the middle of an update, so that the other one waits for it.
     """
-    jobs = {"ppo": {"beta": 0.1, "num_minibatches": 1}, "grpo-lora": {}, "dpo": {}}
+    jobs = {"ppo": {"beta": 0.1}, "grpo-lora": {}, "dpo": {}}
     random = job(place, "grpo", place / "whole" / "random", **RESUMED, num_minibatches=2) | {"own_rollout": True}
-    done = work(place, [random], 2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = work(place, [job(place, name, place / "whole" / name, **RESUMED, **own) for name, own in jobs.items()], 1)
-    assert done.returncode == 0, done.stderr[-3000:]
+    work(place, [random], 2)
+    work(place, [job(place, name, place / "whole" / name, **RESUMED, **own) for name, own in jobs.items()], 1)
     for processes, names in ((1, ["ppo"]), (2, jobs)):
-        for name, own in ((name, jobs[name]) for name in names):
-            killed = job(place, name, place / "killed" / str(processes) / name, **RESUMED, **own)
+        for name in names:
+            killed = job(place, name, place / "killed" / str(processes) / name, **RESUMED, **jobs[name])
             torchrun, start = (processes, name) == (2, "ppo"), time.monotonic()
-            done = work(place, [killed | {"die": [processes - 1, 4]}], processes, torchrun)
-            assert done.returncode != 0 and time.monotonic() - start < 60
-            if torchrun:
-                assert "Signal 9 (SIGKILL)" in done.stderr
+            done = work(place, [killed | {"die": [processes - 1, 4]}], processes, torchrun, ends=False)
+            assert time.monotonic() - start < 60 and (not torchrun or "Signal 9 (SIGKILL)" in done.stderr)
     random["args"]["output_dir"] = str(place / "killed" / "random")
-    assert work(place, [random | {"die": [1, 4]}], 2).returncode != 0
+    work(place, [random | {"die": [1, 4]}], 2, ends=False)
     return place
 
 
@@ -213,8 +194,7 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_others(stopped, before, 
     for name in names:
         assert [row["step"] for row in read_jsonl(folder / name / "metrics.jsonl")][-1] == 3
     resumed = [{"script": name.partition("-")[0], "args": {"resume": str(folder / name)}} for name in names]
-    done = work(stopped, resumed, after)
-    assert done.returncode == 0, done.stderr[-3000:]
+    work(stopped, resumed, after)
     for name in names:
         assert_same(folder / name, stopped / "whole" / name)
         sampled = [row["step"] for row in read_jsonl(folder / name / "samples.jsonl")]
@@ -223,9 +203,8 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_others(stopped, before, 
 
 def test_each_process_goes_on_with_its_own_random_numbers(stopped):
     """With minibatches and samples by chance, as they are: to the last bit."""
-    resumed = {"script": "grpo", "args": {"resume": str(stopped / "killed" / "random")}, "own_rollout": True}
-    done = work(stopped, [resumed], 2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    resumed = {"args": {"resume": str(stopped / "killed" / "random")}, "own_rollout": True}
+    work(stopped, [resumed], 2)
     assert_same(stopped / "killed" / "random", stopped / "whole" / "random", 0.0)
 
 
@@ -234,21 +213,21 @@ def test_the_readmes_command_writes_and_says_everything_once(tmp_path):
     (tmp_path / "spy.py").write_text(
         "import os, pathlib, torch\n"
         "calls = []\n"
-        "def drawn(prompts, completions, **columns):\n"
+        "def drawn(completions, **columns):\n"
         "    calls.append(1)\n"
         "    file = pathlib.Path(__file__).parent / os.environ['RANK']\n"
         "    if len(calls) == 2:  # after the evaluation the first step, for which each process has a seed of its own\n"
         "        file.write_text(str(torch.initial_seed()))\n"
         "    return [float(completion.strip().isdigit()) for completion in completions]\n"
     )
-    command = [*TORCHRUN, "grpo.py", "--output-dir", tmp_path / "run", "--num-steps", "3", "--eval-prompts", "41"]
-    done = launch([*command, "--eval-every", "3", "--reward", f"{tmp_path}/spy.py:drawn"])
+    flags = ["--num-steps", 3, "--eval-prompts", 41, "--eval-every", 3, "--reward", f"{tmp_path}/spy.py:drawn"]
+    done = launch("grpo.py", "--output-dir", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "0").read_text() != (tmp_path / "1").read_text()
     lines = [line for line in done.stdout.splitlines() if "held-out accuracy" in line]
     assert len(lines) == 1 and lines[0].endswith(f"model in {tmp_path / 'run' / 'model'}")
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
-    files = {"args.json", "metrics.jsonl", "samples.jsonl", "model"}
+    files = {"args.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "model"}
     assert {file.name for file in (tmp_path / "run").iterdir()} == files
     accuracy = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["eval/accuracy"] * 41
     assert accuracy == pytest.approx(round(accuracy), abs=1e-6)  # a mean over all 41, not of two halves' means
@@ -258,26 +237,23 @@ def test_a_mistake_on_one_process_ends_all(tmp_path):
     (tmp_path / "bad.py").write_text(
         "import os\n"
         "calls = []\n"
-        "def bad(prompts, completions, **columns):\n"
+        "def bad(prompts, **columns):\n"
         "    calls.append(1)\n"
         "    assert os.environ['RANK'] == '0' or len(calls) < 3, 'the dog ate it'\n"
         "    return [float(len(calls)) for _ in prompts]\n"
     )
-    start = time.monotonic()
-    command = [*TORCHRUN, "reinforce.py", "--output-dir", tmp_path / "run", "--eval-prompts", "8", "--num-steps", "9"]
-    done = launch([*command, "--reward", f"{tmp_path / 'bad.py'}:bad"])
+    start, flags = time.monotonic(), ["--data", FEW, "--eval-prompts", 8, "--num-steps", 9]
+    done = launch("reinforce.py", "--output-dir", tmp_path / "run", *flags, "--reward", f"{tmp_path}/bad.py:bad")
     assert done.returncode != 0 and time.monotonic() - start < 60
-    assert "reward bad: raised AssertionError('the dog ate it')" in done.stderr
+    assert "AssertionError: the dog ate it" in done.stderr
     assert not (tmp_path / "run" / "model").exists()
 
 
 def test_ctrl_c_on_one_process_saves_on_all(tmp_path):
     """Torchrun passes the signal on, to each process at another moment: they agree on the step to stop after."""
-    command = [*TORCHRUN, "sft.py", "--output-dir", tmp_path / "run", "--eval-prompts", "8", "--num-steps", "2000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=environment
-    ) as process:
+    flags = ["--data", FEW, "--eval-prompts", "8", "--num-steps", "2000", "--output-dir", str(tmp_path / "run")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*TORCHRUN, "sft.py", *flags], **pipes, cwd=REPO, env=ENVIRONMENT) as process:
         metrics = tmp_path / "run" / "metrics.jsonl"
         for _ in range(600):
             if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
@@ -286,23 +262,26 @@ def test_ctrl_c_on_one_process_saves_on_all(tmp_path):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     steps = [row["step"] for row in read_jsonl(metrics)]
-    told = f"stopped after step {steps[-1]}; go on with: torchrun --nproc-per-node 2 sft.py --resume {tmp_path / 'run'}"
+    told = f"stopped after step {steps[-1]}; go on with: torchrun --nproc-per-node 2 sft.py --resume '{tmp_path}/run'"
     assert process.returncode != 0 and told in errors
     assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["step"] == steps[-1] < 2000
 
 
-def test_a_signal_that_both_torchrun_and_a_scheduler_send_does_not_end_at_once(monkeypatch):
-    run = SimpleNamespace(stopping=False)
+def test_a_signal_that_both_torchrun_and_a_scheduler_send_does_not_end_at_once(tmp_path, monkeypatch):
+    run = common.Run(grpo.Args(output_dir=str(tmp_path)))
+    steps = run.steps()
+    next(steps)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for _ in range(2):
-        common.Run.stop(run, signal.SIGTERM, None)
+        signal.raise_signal(signal.SIGTERM)
     assert run.stopping
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     with pytest.raises(KeyboardInterrupt):
-        common.Run.stop(run, signal.SIGTERM, None)
+        signal.raise_signal(signal.SIGTERM)
+    steps.close()
 
 
 def test_prompts_that_do_not_divide_among_processes_are_refused(monkeypatch):
     monkeypatch.setattr(common, "WORLD_SIZE", 3)
-    with pytest.raises(SystemExit, match="--prompts-per-step: 16 do not divide among 3 processes"):
+    with pytest.raises(SystemExit, match="--prompts-per-step: must divide among the processes"):
         common.check_args(grpo.Args())

@@ -68,20 +68,16 @@ def test_sequence_logprobs_is_a_sum_and_a_mean_for_ipo_and_simpo():
         assert dpo.sequence_logprobs(logprobs, mask, loss_type=loss_type).tolist() == expected
 
 
-def args_of(tmp_path, name, **settings):
-    args = dpo.Args(num_steps=3, prompts_per_step=4, eval_every=3, eval_prompts=4, micro_batch_size=6, **settings)
-    args.output_dir = str(tmp_path / name)
-    return args
-
-
-def metrics_of(tmp_path, name):
-    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()][1:]
+def run(folder, **settings):
+    """The metrics of each step."""
+    small = {"num_steps": 3, "prompts_per_step": 4, "eval_every": 3, "eval_prompts": 4, "micro_batch_size": 6}
+    dpo.main(dpo.Args(**small | settings, output_dir=str(folder / "run")))
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_runs_with_each_loss(loss_type, tmp_path):
-    dpo.main(args_of(tmp_path, "run", loss_type=loss_type))
-    rows = metrics_of(tmp_path, "run")
+    rows = run(tmp_path, loss_type=loss_type)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     if loss_type == "sigmoid":
         assert rows[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
@@ -92,27 +88,31 @@ def test_runs_with_each_loss(loss_type, tmp_path):
     assert rows[2]["logps/chosen"] < 0 and rows[2]["logps/rejected"] < 0
 
 
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def test_the_reference_of_each_pair_is_the_start_in_every_epoch(tmp_path, monkeypatch):
     """Over three epochs, in which the policy moves far: a pair's two numbers are always its own and the start's."""
-    data = tmp_path / "d.jsonl"
-    rows = common.arithmetic()[:12]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, _ = common.load_model("models/arithmetic", torch.device("cpu"))
-    collated, compared = [], []
-    collate, dpo_loss = dpo.collate, dpo.dpo_loss
-    monkeypatch.setattr(dpo, "collate", lambda *x: collated.append(collate(*x)) or collated[-1])
-    monkeypatch.setattr(dpo, "dpo_loss", lambda *x, **y: compared.append(x) or dpo_loss(*x, **y))
-    args = args_of(tmp_path, "run", data=str(data))
-    args.num_steps, args.learning_rate = 6, 1e-3
-    dpo.main(args)
-    assert len(compared) == 6 * 2 and len(collated) > 6  # two micro-batches a step
-    given = [torch.stack(x[2:], 1) for x in compared]  # [n, 2]
-    for step, batch in enumerate(collated[-6:]):
-        with torch.no_grad():
-            logps = dpo.token_logprobs(model, *batch).sum(1).view(-1, 2)  # [N, 2]
-        order = batch[-1].sum(1).view(-1, 2).amax(1).argsort(stable=True)  # as the update takes them
-        assert torch.allclose(torch.cat(given[2 * step : 2 * step + 2]), logps[order], atol=1e-4)
-    assert abs(metrics_of(tmp_path, "run")[-1]["reward/margin"]) > 0.1
+    given, dpo_loss, token_logprobs = [], dpo.dpo_loss, dpo.token_logprobs
+
+    def logprobs_of(policy, *inputs, **settings):
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                given.append(token_logprobs(model, *inputs, **settings).sum(1).view(-1, 2))  # [n, 2] of the start
+        return token_logprobs(policy, *inputs, **settings)
+
+    def loss_of(*logps, **settings):
+        torch.testing.assert_close(torch.stack(logps[2:], 1), given[-1], atol=1e-4, rtol=0)
+        return dpo_loss(*logps, **settings)
+
+    monkeypatch.setattr(dpo, "token_logprobs", logprobs_of)
+    monkeypatch.setattr(dpo, "dpo_loss", loss_of)
+    rows = [{"prompt": f"What is {i} + 9?", "chosen": f" {i + 9}", "rejected": f" {i + 8}"} for i in range(10, 22)]
+    metrics = run(tmp_path, data=write(tmp_path / "d.jsonl", rows), num_steps=6, learning_rate=1e-3)
+    assert len(given) == 6 * 2 and abs(metrics[-1]["reward/margin"]) > 0.1  # two micro-batches a step
 
 
 def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path, capsys):
@@ -123,12 +123,9 @@ def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path, capsys):
         {"prompt": "What is 1 + 4?", "chosen": " 5555", "rejected": " 5554"},  # equal once cut off
         {"prompt": "What is the sum of 1 + 5?", "chosen": " 6", "rejected": " 7"},  # no room left
     ]
-    data, eval_data = tmp_path / "d.jsonl", tmp_path / "e.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    eval_data.write_text(json.dumps(rows[0]) + "\n")
-    args = args_of(tmp_path, "run", data=str(data), eval_data=str(eval_data), max_length=18)
-    dpo.main(args)
+    data = {"data": write(tmp_path / "d.jsonl", rows), "eval_data": write(tmp_path / "e.jsonl", rows[:1])}
+    run(tmp_path, **data, max_length=18)
     assert "dropped 3 of 5 rows" in capsys.readouterr().out
-    args = args_of(tmp_path, "none", data=str(data), eval_data=str(eval_data), max_length=10)
+    (tmp_path / "none").mkdir()
     with pytest.raises(SystemExit, match="--max-length 10"):
-        dpo.main(args)
+        run(tmp_path / "none", **data, max_length=10)

@@ -77,9 +77,8 @@ def test_reinforce_in_expectation_over_all_groups(baseline, share):
     rewards = rewards_of(oracle)[groups].view(-1)
     advantages = reinforce.compute_advantages(rewards, samples_per_prompt=3, baseline=baseline)
     weighted = (advantages.view(-1, 3) * probability[:, None]).view(-1)  # the loss is linear in the advantages
-    loss = reinforce.policy_loss(
-        logprobs_of(oracle)[groups.view(-1)], weighted, oracle.mask[groups.view(-1)], normalizer=3
-    )
+    rows = groups.view(-1)
+    loss = reinforce.policy_loss(logprobs_of(oracle)[rows], weighted, oracle.mask[rows], normalizer=3)
     close(-oracle.gradient(loss), share * oracle.policy_gradient(rewards_of(oracle)))
 
 
@@ -107,7 +106,7 @@ def test_leave_one_out_has_less_variance_than_no_baseline():
 
 # GRPO
 
-ON_POLICY = {"clip_low": 0.2, "clip_high": 0.2, "kl_estimator": "k3"}
+CLIP = {"clip_low": 0.2, "clip_high": 0.2}
 
 
 def expected_grpo_gradient(oracles, rewards, loss_type, scale, size=3):
@@ -121,7 +120,7 @@ def expected_grpo_gradient(oracles, rewards, loss_type, scale, size=3):
         weights = probability / torch.stack([torch.as_tensor(n) for n in normalizers]) / len(oracles)
         weighted = (advantages.view(-1, size) * weights[:, None]).view(-1)  # the loss is linear in the advantages
         logprobs = logprobs_of(oracle, grpo)[rows]
-        settings = {"loss_type": loss_type, "beta": 0.0, "normalizer": 1.0, **ON_POLICY}
+        settings = {"loss_type": loss_type, "beta": 0.0, "normalizer": 1.0, "kl_estimator": "k3", **CLIP}
         losses += grpo.policy_loss(logprobs, logprobs.detach(), None, weighted, oracle.mask[rows], **settings)
     return -flat_gradient(losses, oracles[0].model)
 
@@ -149,13 +148,11 @@ def test_a_small_step_of_the_first_update_raises_the_expected_reward():
 
 # KL to a reference: what the estimators are worth, in a loss and in a reward
 
-KL_LOSS = {"loss_type": "dr_grpo", "clip_low": 0.2, "clip_high": 0.2, "normalizer": 1.0}
-
 
 def kl_loss(oracle, other, estimator):
     """The expected KL term of grpo.py's loss with beta 1, and its gradient, the samples being data."""
     logprobs, ref = logprobs_of(oracle, grpo), logprobs_of(other, grpo).detach()
-    settings = {"beta": 1.0, "kl_estimator": estimator, **KL_LOSS}
+    settings = {"beta": 1.0, "kl_estimator": estimator, "loss_type": "dr_grpo", "normalizer": 1.0, **CLIP}
     zero = torch.zeros(1).double()
     rows = [(x[None], x.detach()[None], r[None], zero, m[None]) for x, r, m in zip(logprobs, ref, oracle.mask)]
     loss = sum(p * grpo.policy_loss(*row, **settings) for p, row in zip(oracle.p.detach(), rows))
@@ -164,15 +161,11 @@ def kl_loss(oracle, other, estimator):
 
 def kl_of_each_state(oracle, other, forward):
     """sum over states s of sg(pi(s)) KL(pi(.|s) || ref(.|s)), or of the reverse; the gradient sees the KLs alone."""
-    total, seen = 0.0, set()
-    for index, completion in enumerate(oracle.completions):
-        for t in range(len(completion)):
-            state = tuple(completion[:t])
-            if state not in seen:
-                seen.add(state)
-                pi, ref = oracle.log_softmax[index][t], other.log_softmax[index][t].detach()
-                reach = oracle.token_logprobs[index][:t].sum().exp().detach()
-                total = total + reach * ((ref.exp() * (ref - pi)) if forward else (pi.exp() * (pi - ref))).sum()
+    total = 0.0
+    for state, (index, *_) in oracle.prefixes().items():
+        pi, ref = oracle.log_softmax[index][len(state)], other.log_softmax[index][len(state)].detach()
+        reach = oracle.token_logprobs[index][: len(state)].sum().exp().detach()
+        total = total + reach * ((ref.exp() * (ref - pi)) if forward else (pi.exp() * (pi - ref))).sum()
     return total
 
 
@@ -192,12 +185,13 @@ def test_kl_estimators_in_the_loss(max_new_tokens):
     assert cosine(gradient, oracle.gradient(exact)) < 0.9995
     value, gradient = kl_loss(oracle, other, "k2")
     assert abs(value - exact) > 0.01 * exact  # biased, if little
-    close(gradient, oracle.gradient(kl_of_each_state(oracle, other, forward=False)))
+    token_kl = kl_of_each_state(oracle, other, forward=False)
+    close(gradient, oracle.gradient(token_kl))
     if max_new_tokens == 1:
         close(gradient, oracle.gradient(exact))
     else:
         assert cosine(gradient, oracle.gradient(exact)) < 0.996
-    close(kl_of_each_state(oracle, other, forward=False).detach(), exact.detach())  # the value knows no difference
+    close(token_kl.detach(), exact.detach())  # the value knows no difference
     # k1 as a loss: its value is right, but its gradient is of nothing
     k1 = (oracle.p.detach() * (oracle.logp - other.logp.detach())).sum()
     close(k1.detach(), exact.detach())
@@ -227,11 +221,8 @@ def test_k1_in_the_reward_is_the_gradient_of_the_completions_kl():
     weight = oracle.p.detach()
     close(oracle.gradient(reinforce.policy_loss(logprobs, -kl.sum(1) * weight, oracle.mask, normalizer=1)), exact)
     to_go, _ = ppo.compute_gae(-kl, torch.zeros_like(kl), oracle.mask, gamma=1.0, gae_lambda=1.0)
-    settings = {"clip_range": 0.2, "normalizer": 1}
-    loss = ppo.policy_loss(logprobs, logprobs.detach(), to_go * weight[:, None], oracle.mask, **settings)
-    close(oracle.gradient(loss), exact)
-    settings = {"normalizer": 1}
-    loss = trpo.policy_loss(logprobs, logprobs.detach(), -kl.sum(1) * weight, oracle.mask, **settings)
+    close(-ppo_gradient(oracle, to_go), exact)
+    loss = trpo.policy_loss(logprobs, logprobs.detach(), -kl.sum(1) * weight, oracle.mask, normalizer=1)
     close(oracle.gradient(loss), exact)
 
 
@@ -239,31 +230,26 @@ def test_k1_in_the_reward_is_the_gradient_of_the_completions_kl():
 
 
 def exact_values(oracle, rewards):
-    """[M, T+1]: expected reward of the state in which each token is sampled; after the last token, the state's own."""
-    states = oracle.prefixes()
+    """[M, T]: expected reward of the state in which each token is sampled; 77 in the padding."""
     p = oracle.p.detach()
-    value = {state: ((p * rewards)[index].sum() / p[index].sum()).item() for state, index in states.items()}
-    values = torch.full((len(p), oracle.mask.shape[1] + 1), 77.0).double()  # padding is 77
-    for row, completion in enumerate(oracle.completions):
-        for t in range(len(completion)):
-            values[row, t] = value[tuple(completion[:t])]
+    values = torch.full(oracle.mask.shape, 77.0).double()
+    for state, index in oracle.prefixes().items():
+        values[index, len(state)] = (p * rewards)[index].sum() / p[index].sum()
     return values
 
 
 def advantages_of(oracle, rewards, values, gae_lambda):
-    """As ppo.py's main lays rewards out: the score on the stop token; the value after it for what was cut off."""
+    """As ppo.py's main lays rewards out: the score on the last token, a stop token or not."""
     token_rewards = torch.zeros_like(oracle.mask).double()
-    token_rewards[range(len(rewards)), oracle.lengths - 1] = torch.where(oracle.ended, rewards, 0.0)
-    bootstrap = torch.where(oracle.ended, 0.0, rewards)  # the expected reward of a cut-off completion is its own
-    settings = {"gamma": 1.0, "gae_lambda": gae_lambda, "bootstrap": bootstrap}
-    return ppo.compute_gae(token_rewards, values, oracle.mask, **settings)[0]
+    token_rewards[range(len(rewards)), oracle.lengths - 1] = rewards
+    return ppo.compute_gae(token_rewards, values, oracle.mask, gamma=1.0, gae_lambda=gae_lambda)[0]
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
 def test_advantages_of_the_exact_values_have_mean_0_in_each_state(gae_lambda):
     oracle = oracle_of(3)
     rewards = rewards_of(oracle)
-    advantages = advantages_of(oracle, rewards, exact_values(oracle, rewards)[:, :-1], gae_lambda)
+    advantages = advantages_of(oracle, rewards, exact_values(oracle, rewards), gae_lambda)
     assert advantages.abs().max() > 0.1 and (advantages[oracle.mask == 0] == 0).all()
     for state, index in oracle.prefixes().items():
         mean = (oracle.p.detach()[index] * advantages[index, len(state)]).sum()
@@ -273,17 +259,15 @@ def test_advantages_of_the_exact_values_have_mean_0_in_each_state(gae_lambda):
 def ppo_gradient(oracle, advantages):
     """Minus the expected gradient of the first update."""
     logprobs = logprobs_of(oracle, ppo)
-    weighted = advantages * oracle.p.detach()[:, None]
-    return -oracle.gradient(
-        ppo.policy_loss(logprobs, logprobs.detach(), weighted, oracle.mask, clip_range=0.2, normalizer=1)
-    )
+    weighted, settings = advantages * oracle.p.detach()[:, None], {"clip_range": 0.2, "normalizer": 1}
+    return -oracle.gradient(ppo.policy_loss(logprobs, logprobs.detach(), weighted, oracle.mask, **settings))
 
 
 def test_ppos_first_update_is_the_policy_gradient():
     """With the exact values for each lambda; with wrong ones for lambda 1 alone, which needs no values to be right."""
     oracle = oracle_of(3)
     rewards = rewards_of(oracle)
-    exact, right = oracle.policy_gradient(rewards), exact_values(oracle, rewards)[:, :-1]
+    exact, right = oracle.policy_gradient(rewards), exact_values(oracle, rewards)
     wrong = right + torch.tensor([0.3, -0.5, 0.2])  # of the state alone, as a baseline must be
     for gae_lambda in (0.0, 0.5, 1.0):
         close(ppo_gradient(oracle, advantages_of(oracle, rewards, right, gae_lambda)), exact)
@@ -300,31 +284,27 @@ def test_fisher_vector_product_over_all_completions():
     vector = torch.randn(len(oracle.gradient(oracle.logp[0])), generator=torch.Generator().manual_seed(0)).double()
     jacobian = torch.stack([oracle.gradient(logp) for logp in oracle.logp])  # [M, n]
     expected = jacobian.T @ (oracle.p.detach() * (jacobian @ vector))
-    log_softmax, probe, gradient, weight = trpo.fisher_factors(
-        oracle.model, oracle.batch(), temperature=TEMPERATURE, normalizer=1.0
-    )
-    p = oracle.p.detach().repeat_interleave(oracle.batch()[-1].sum(1).long())[:, None]  # of each token's completion
-    factors = [(log_softmax, probe, gradient, weight * p)]
-    close(trpo.fisher_vector_product(factors, list(oracle.model.parameters()), vector), expected)
+    settings = {"temperature": TEMPERATURE, "normalizer": 1.0}
+    *factor, weight = trpo.fisher_factors(oracle.model, oracle.batch(), **settings)
+    p = oracle.p.detach().repeat_interleave(oracle.lengths)[:, None]  # of each token's completion
+    parameters = list(oracle.model.parameters())
+    close(trpo.fisher_vector_product([(*factor, weight * p)], parameters, vector), expected)
     # and it is the Hessian of the completions' exact KL at the policy itself
     with sdpa_kernel(SDPBackend.MATH):
         again = Oracle(oracle.model, oracle.prompt, max_new_tokens=2, temperature=TEMPERATURE)
     kl = (again.p.detach() * (again.logp.detach() - again.logp)).sum()
-    first = torch.autograd.grad(kl, list(oracle.model.parameters()), create_graph=True)
-    assert trpo.flatten(first).abs().max() < 1e-10
-    hessian_vector = torch.autograd.grad(trpo.flatten(first) @ vector, list(oracle.model.parameters()))
-    torch.testing.assert_close(
-        trpo.flatten(hessian_vector), expected, atol=1e-9 * expected.abs().max().item(), rtol=1e-6
-    )
+    first = trpo.flatten(torch.autograd.grad(kl, parameters, create_graph=True))
+    assert first.abs().max() < 1e-10
+    close(trpo.flatten(torch.autograd.grad(first @ vector, parameters)), expected, 1e-9)
 
 
 def test_the_searchs_surrogate_and_kl_are_exact():
     oracle, other = oracle_of(3), oracle_of(3, moved=0.01)
-    rewards = rewards_of(oracle)
-    surrogate = kl = 0.0
+    rewards, surrogate, kl = rewards_of(oracle), 0.0, 0.0
     for row, p in enumerate(oracle.p.detach()):
-        chunk = [x[row : row + 1] for x in (*oracle.batch(), rewards)]
-        s, k = trpo.surrogate_and_kl(other.model, oracle.model, [chunk], temperature=TEMPERATURE)  # per token
+        completion = [x[row : row + 1] for x in (oracle.ids, oracle.mask, rewards)]
+        chunks = [(*oracle.batch()[:2], *completion)]
+        s, k = trpo.surrogate_and_kl(other.model, oracle.model, chunks, temperature=TEMPERATURE)  # per token
         surrogate, kl = surrogate + p * s * oracle.lengths[row], kl + p * k * oracle.lengths[row]
     close(kl, oracle.kl(other).detach())
     ratios = [(new - old).exp().sum() for new, old in zip(other.token_logprobs, oracle.token_logprobs)]
@@ -340,15 +320,10 @@ def test_best_of_n_over_all_groups():
     groups, probability = all_groups(oracle, 3)
     rewards = rewards_of(oracle) + torch.arange(len(oracle.p)) / 100
     assert len(set(rewards.tolist())) == len(rewards)
-    texts = [str(completion) for completion in oracle.completions]
-    kept = rejection_sampling.select(
-        rewards[groups].view(-1),
-        [texts[index] for index in groups.view(-1)],
-        samples_per_prompt=3,
-        strategy="best_of_prompt",
-        threshold=0.4,
-        generator=torch.Generator().manual_seed(0),
-    )
+    texts = [str(oracle.completions[index]) for index in groups.view(-1)]
+    settings = {"samples_per_prompt": 3, "strategy": "best_of_prompt", "threshold": 0.4}
+    settings["generator"] = torch.Generator().manual_seed(0)
+    kept = rejection_sampling.select(rewards[groups].view(-1), texts, **settings)
     got = torch.zeros(len(rewards)).double().index_add(0, groups.view(-1)[kept], probability[kept // 3])
     order = rewards.argsort()
     cumulative = torch.cat([torch.zeros(1), oracle.p.detach()[order].cumsum(0)]) ** 3
@@ -365,9 +340,8 @@ def test_best_of_n_over_all_groups():
 def minimise(loss, log_policy):
     """log_policy [M], normalised, where the loss is least."""
     logits = log_policy.detach().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [logits], max_iter=5000, tolerance_grad=1e-10, tolerance_change=0.0, line_search_fn="strong_wolfe"
-    )
+    settings = {"tolerance_grad": 1e-10, "tolerance_change": 0.0, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([logits], max_iter=5000, **settings)
 
     def closure():
         optimizer.zero_grad()

@@ -44,24 +44,15 @@ def test_versions():
 def test_grpo_losses(variant):
     x, expected = inputs_of("grpo_losses"), GOLDEN["grpo_losses"]["outputs"][variant]
     loss_type = variant.split()[0]
-    ours = grpo.PAPER_SETTINGS[loss_type]
-    settings = {name: ours[name] for name in ("clip_low", "clip_high")}
+    settings = {name: grpo.PAPER_SETTINGS[loss_type][name] for name in ("clip_low", "clip_high")}
     if loss_type != "cispo":  # of which TRL has no lower clip, and epsilon_high is the ratio itself: 1 + clip_high
         assert settings == {"clip_low": expected["epsilon"], "clip_high": expected["epsilon_high"]}
     assert 1 + settings["clip_high"] == expected["epsilon_high"] or loss_type != "cispo"
+    settings |= {"loss_type": loss_type, "beta": expected["beta"], "kl_estimator": "k3"}
+    settings["normalizer"] = grpo.loss_normalizer(x["mask"], loss_type, 8)
     logprobs = x["logprobs"].requires_grad_()
-    loss = grpo.policy_loss(
-        logprobs,
-        x["old_logprobs"],
-        x["ref_logprobs"],
-        x["advantages"],
-        x["mask"],
-        loss_type=loss_type,
-        beta=expected["beta"],
-        kl_estimator="k3",
-        normalizer=grpo.loss_normalizer(x["mask"], loss_type, 8),
-        **settings,
-    )
+    inputs = (logprobs, x["old_logprobs"], x["ref_logprobs"], x["advantages"], x["mask"])
+    loss = grpo.policy_loss(*inputs, **settings)
     close(loss, expected["loss"])
     close(*torch.autograd.grad(loss, logprobs), expected["gradient"])
 
@@ -122,13 +113,10 @@ def test_dpo_label_smoothing_is_ours_alone():
     assert outputs["sigmoid, smoothed"]["loss"] == outputs["sigmoid"]["loss"]
     chosen, rejected = dpo.sequence_logprobs(x["logprobs"], x["mask"], loss_type="sigmoid").split(4)
     reference = x["ref_logps"].split(4)
+    asked = (chosen, rejected, *reference), (rejected, chosen, *reversed(reference))
     plain, smoothed, reversed_ = (
         dpo.dpo_loss(*logps, beta=0.1, loss_type="sigmoid", label_smoothing=e).mean()
-        for logps, e in (
-            ((chosen, rejected, *reference), 0.0),
-            ((chosen, rejected, *reference), 0.2),
-            ((rejected, chosen, *reversed(reference)), 0.0),
-        )
+        for logps, e in ((asked[0], 0.0), (asked[0], 0.2), (asked[1], 0.0))
     )
     close(plain, outputs["sigmoid, smoothed"]["loss"])
     torch.testing.assert_close(smoothed, 0.8 * plain + 0.2 * reversed_)
@@ -143,12 +131,12 @@ def test_sft_from_text_to_gradient():
     examples = []
     trls = zip(rows, expected["input_ids"], expected["labels"], expected["attention_mask"])
     for row, ids, labels, attended in trls:
-        prompt = common.prompt_tokens(tokenizer, row["prompt"])
-        completion = common.completion_tokens(tokenizer, row["prompt"], row["completion"], stop_ids)
+        prompt = common.prompt_tokens(tokenizer, row)
+        completion = common.completion_tokens(tokenizer, row, row["completion"], stop_ids)
         examples.append((prompt, completion))
         assert prompt + completion == ids[: sum(attended)]
         assert [-100] * len(prompt) + completion == labels[: sum(attended)]
-    batch = sft.collate(examples, model.device)
+    batch = common.collate(*zip(*examples), model.device)
     loss = sft.sft_loss(sft.token_logprobs(model, *batch), batch[-1], normalizer=batch[-1].sum())
     close(loss, expected["loss"])
     loss.backward()
@@ -176,7 +164,7 @@ class Ppo:
 def test_ppo(variant):
     """GAE, returns, clipped policy loss, clipped value loss and their gradients.
 
-    Differs, in main only: there the score sits on the stop token, after which the value is 0. And TRL whitens with one
+    Differs, in main only: there the score sits on the last token, after which the value is 0. And TRL whitens with one
     degree of freedom less, so its advantages are ours times sqrt((N - 1) / N).
     """
     x, expected = inputs_of("ppo"), GOLDEN["ppo"]["outputs"][variant]
@@ -203,10 +191,10 @@ def test_ppo(variant):
 
 @pytest.mark.parametrize("variant", GOLDEN["ppo"]["outputs"])
 def test_where_ppos_score_sits(variant):
-    """On the stop token, ours; one slot after it, TRL's, with a value there that is trained too.
+    """On the last token, ours; one slot after it, TRL's, with a value there that is trained too.
 
     With gamma and lambda 1 the advantages are the same: what TRL's extra value takes away it gives back. Otherwise they
-    differ at the stop token by s - gamma V_+1 - gamma lambda (s - V_+1), and before it by that discounted.
+    differ at the last token by s - gamma V_+1 - gamma lambda (s - V_+1), and before it by that discounted.
     """
     x, expected = inputs_of("ppo"), GOLDEN["ppo"]["outputs"][variant]
     trl, gamma, lam = Ppo(x), expected["gamma"], expected["gae_lambda"]

@@ -1,8 +1,12 @@
-"""What README.md claims."""
+"""What README.md claims, and that all pages name what exists."""
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))
@@ -66,3 +70,30 @@ def test_a_row_against_trl_by_hand():
     assert row == (
         "| grpo against GRPO | 0.200 | 0.050 + 0.150 | 0.500 | **2.5x** | 400 / 600 | 3.0 / 3.0 | 0.50 / 0.50 |"
     )
+
+
+def test_gsm8ks_rows_become_messages_and_the_reward_reads_them():
+    page = (REPO / "README.md").read_text()
+    (code,) = re.findall(r'^python -c "\n(.*?)" <', page, re.MULTILINE | re.DOTALL)
+    line = json.dumps({"question": "How many?", "answer": "Half of 144.\n#### 72"})
+    done = subprocess.run(["bash", "-c", f'python3 -c "\n{code}"'], input=line, capture_output=True, text=True)
+    (row,) = map(json.loads, done.stdout.splitlines())
+    assert row["prompt"][0]["role"] == "user" and row["prompt"][0]["content"].startswith("How many?\nThink")
+    assert row["completion"] == [{"role": "assistant", "content": "Half of 144.\n#### 72"}]
+    assert row["answer"] == "Half of 144.\n#### 72"
+
+    scope = {}
+    exec(re.search(r"^```python\n(def brevity.*?)^```", page, re.MULTILINE | re.DOTALL)[1], scope)
+    completions = [[{"role": "assistant", "content": text}] for text in ("72", "It is 72")]
+    assert scope["brevity"](completions, ["72", "72"], prompts=[[], []]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in REPO.glob("docs/*.md"))]
+)
+def test_a_page_names_files_that_there_are(page):
+    text = (REPO / page).read_text()
+    for name in re.findall(r"\b(?:tests|benchmarks|examples|models|docs)/[\w./]*\w", text):
+        assert (REPO / name).exists() or name == "docs/diffs.html", name
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (REPO / page).parent.joinpath(link).exists(), link

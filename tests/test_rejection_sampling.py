@@ -43,19 +43,6 @@ def test_ties_fall_to_each_alike_and_by_seed(strategy):
     assert kept(strategy, seed=7, rewards=rewards) == kept(strategy, seed=7, rewards=rewards)
 
 
-def test_the_best_of_n_has_its_exact_distribution():
-    """Of n draws from p over 3 texts with distinct rewards, text k is the best with probability F_k^n - F_k-1^n."""
-    p, n = torch.tensor([0.5, 0.3, 0.2]), 4
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.multinomial(p, 4 * 20_000, replacement=True, generator=generator)
-    settings = {"samples_per_prompt": n, "strategy": "best_of_prompt", "threshold": -1.0, "generator": generator}
-    best = draws[select(draws.float(), [str(d) for d in draws.tolist()], **settings)]
-    cumulative = torch.cat([torch.zeros(1), p.cumsum(0)]) ** n
-    expected = cumulative.diff() * 20_000
-    statistic = ((torch.bincount(best, minlength=3) - expected) ** 2 / expected).sum()
-    assert statistic < 13.8  # 2 degrees of freedom, p = 0.001
-
-
 def test_only_what_is_kept_is_learned_from(tmp_path, monkeypatch):
     """The rows that reach token_logprobs are those that select returned, and the kept share is logged."""
     seen, selected = [], []

@@ -1,25 +1,25 @@
-"""Rewards as TRL calls them, and what the built-in ones hold to be right."""
+"""Rewards as TRL calls them, and what exact_answer and examples/rewards.py hold to be right."""
 
-import asyncio
 import json
-import pickle
 import sys
 import threading
+import time
 import types
-from functools import partial
 from pathlib import Path
 
-import builtin_rewards
 import common
 import grpo
 
 import numpy as np
 import pytest
 import torch
+from test_data import CPU, turn
+from test_scripts import REPO
 
 PAIRS = [json.loads(line) for line in Path(__file__).with_name("answers.jsonl").read_text().splitlines()]
 ROWS = [{"prompt": "What is 37 + 48?", "answer": "85", "completion": " 85"}] * 2
 TEXTS, IDS = [" 85", " 75"], [[1, 2, 0], [1, 3, 0]]
+EXAMPLES = f"{REPO}/examples/rewards.py"
 
 
 def own(tmp_path, text, name="mine"):
@@ -28,14 +28,14 @@ def own(tmp_path, text, name="mine"):
 
 
 def scores_of(name, rows=ROWS, texts=TEXTS, ids=IDS):
-    return common.load_reward((name,), (), rows)(rows, texts, ids)[0].tolist()
+    return common.load_reward((name,), ())(rows, texts, ids)[0].tolist()
 
 
 def test_exact_answer_of_cases_from_public_reports():
     """Each row names its source; "0 or 1" are right answers in a form that may be missed, never wrong ones."""
-    assert len(PAIRS) > 350 and sum(row["right"] == 0 for row in PAIRS) == 200
+    assert len(PAIRS) == 361 and sum(row["right"] == 0 for row in PAIRS) == 200
     for row in PAIRS:
-        got = builtin_rewards.exact_answer(["q"], [row["completion"]], answer=[row["truth"]])[0]
+        got = common.exact_answer([row["completion"]], answer=[row["truth"]])[0]
         assert got == row["right"] or row["right"] == "0 or 1", row
 
 
@@ -71,10 +71,8 @@ def test_exact_answer_of_cases_from_public_reports():
         ("5", "10 \u00b7 5", 0),
         ("5", "5 \\pi", 0),
         ("5", "5 thousands", 0),
-        ("5", "5 squared", 0),
         ("5", "x = 4, y = 5", 0),
         ("5", "x is 4 and y is 5", 0),
-        ("72", "48 + 24 = 72", 1),
         ("72", "Sold in all: **72**", 1),
         ("72", "<answer>72</answer>", 1),
         ("Paris", "Paris.", 1),
@@ -82,147 +80,111 @@ def test_exact_answer_of_cases_from_public_reports():
     ],
 )
 def test_exact_answer(truth, said, score):
-    assert builtin_rewards.exact_answer(["q"], [said], answer=[truth]) == [score]
+    assert common.exact_answer([said], answer=[truth]) == [score]
 
 
-def test_exact_answer_refuses_what_is_no_answer_before_a_model_is_loaded():
-    for truth in ([18, 18.0], True, {"a": 1}):
-        with pytest.raises(SystemExit, match="'What is 2': exact_answer takes a text or a number"):
-            common.load_reward(("exact_answer",), (), [{"prompt": "What is 2", "answer": truth}])
+def test_what_exact_answer_takes_for_the_truth():
+    columns = {"answer": ["7"], "completion": ["8"], "chosen": [[turn("assistant", "9"), turn("user", "10")]]}
+    for truth in ("7", "8", "9"):
+        assert [common.exact_answer([said], **columns)[0] for said in ("7", "8", "9")] == [x == truth for x in "789"]
+        del columns[next(iter(columns))]
+    for nothing in ([18, 18.0], True, {"a": 1}):
+        with pytest.raises(ValueError, match="must be a text or a number"):
+            common.exact_answer(["18"], answer=[nothing])
+
+
+def test_rewards_add_up_by_their_weights():
+    rows, texts = [{"prompt": "q", "answer": "72"}] * 4, ["48 + 24\n#### 72", "72", "the answer is 72.", "#### 71"]
+    names = ("exact_answer", f"{EXAMPLES}:format", f"{EXAMPLES}:length")
+    rewards, components = common.load_reward(names, (1.0, 0.5, 0.0))(rows, texts)
+    assert components["exact_answer"].tolist() == [1, 1, 1, 0] and components["format"].tolist() == [1, 1, 0, 1]
+    assert components["length"].tolist() == pytest.approx([-len(text) / 1000 for text in texts])
+    assert rewards.tolist() == [1.5, 1.5, 1.0, 0.5]
+
+
+LOOPS = ["9", "1.", "-", ",", "#### ", "\\boxed{", "\\boxed{5} ", "a=", "1a ", "5 ", "5 and ", "<<5", "a1+", "$ ", "\n"]
+LOOPS += ["<think>", "<answer>", "<answer>5</answer>"]
+
+
+@pytest.mark.parametrize("text", LOOPS)
+def test_rewards_survive_what_a_policy_repeats(text):
+    start, names, n = time.perf_counter(), ("exact_answer", f"{EXAMPLES}:format", f"{EXAMPLES}:length"), 10_000
+    for hostile in (text * n, text * n + " 5", text * n + "= 5", "5 " + text * n):
+        rewards, _ = common.load_reward(names, ())([{"prompt": "q", "answer": "12"}], [hostile])
+        assert rewards.isfinite().all()
+    assert time.perf_counter() - start < 3
 
 
 FORMS = """
 import functools
-def only_completions(completions, **kwargs):
-    return [float(len(set(text))) for text in completions]
-def other_order(answer, completions, prompts):
+def completions_alone(completions, **kwargs):
+    return [float(text.strip() == "85") for text in completions]
+def other_order(answer, completions, prompts, **kwargs):
     return [float(text.strip() == truth) for text, truth in zip(completions, answer)]
-def optional(completions, strict=True):
-    return [float(strict and text.strip() == "85") for text in completions]
-def only_kwargs(**kwargs):
-    return [float(text.strip() == "85") for text in kwargs["completions"]]
-def keyword_only(*, completion_ids):
+def all_by_name(**kwargs):
+    assert kwargs.keys() == {"prompts", "completions", "completion_ids", "answer", "completion"}
+    return other_order(**kwargs)
+def of_ids(*, completion_ids, **kwargs):
     return [float(ids[1] == 2) for ids in completion_ids]
 class Judge:
-    def __call__(self, completions, answer):
+    def __call__(self, completions, answer, **kwargs):
         return other_order(answer, completions, None)
 judge, part = Judge(), functools.partial(other_order)
-async def later(completions, answer):
+async def later(completions, answer, **kwargs):
     return other_order(answer, completions, None)
 class Later:
-    async def __call__(self, completions, answer):
-        return await later(completions, answer)
+    async def __call__(self, **kwargs):
+        return await later(**kwargs)
 later_object = Later()
-def iterator(completions):
-    yield from (float(text.strip() == "85") for text in completions)
-def colour(completions, colour): pass
-def positional(completions, /): pass
-nothing = 1
+def iterator(completions, **kwargs):
+    yield from completions_alone(completions)
 """
 
 
 @pytest.mark.parametrize(
     "name",
-    "other_order optional only_kwargs keyword_only judge part later later_object iterator".split(),  # noqa: SIM905
+    ["completions_alone", "other_order", "all_by_name", "of_ids", "judge", "part", "later", "later_object", "iterator"],
 )
 def test_a_reward_is_called_by_keyword_whatever_it_is(name, tmp_path):
     assert scores_of(own(tmp_path, FORMS) + f":{name}") == [1.0, 0.0]
 
 
-def test_only_completions(tmp_path):
-    assert scores_of(own(tmp_path, FORMS) + ":only_completions") == [3.0, 3.0]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("colour", "takes colour, but a reward is given, by name, prompts, completions, completion_ids, answer"),
-        ("nothing", "is not a callable object"),
-        ("missing", "no attribute 'missing'"),
-    ],
-)
-def test_what_fits_nothing_is_refused_by_name_before_a_model_is_loaded(name, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "load_model", lambda *args, **settings: pytest.fail("a model was loaded"))
-    with pytest.raises(SystemExit, match=message) as caught:
-        grpo.main(grpo.Args(reward=(own(tmp_path, FORMS) + f":{name}",), output_dir=str(tmp_path / "run")))
-    assert "\n" not in caught.value.code and f"mine.py:{name}" in caught.value.code
-
-
-def test_a_column_with_the_name_of_an_argument_is_refused():
-    with pytest.raises(SystemExit, match='rename the column "completion_ids"'):
-        common.load_reward(("format",), (), [{"prompt": "a", "completion_ids": [1]}])
-
-
-def test_columns_that_only_some_rows_have_reach_the_reward(tmp_path):
-    name = own(tmp_path, "def judge(completions, hint):\n    return [float(h == 'x') for h in hint]\n") + ":judge"
-    rows = [{"prompt": "a"}, {"prompt": "b", "hint": "x"}]
-    assert scores_of(name, rows, ["", ""], [[], []]) == [0.0, 1.0]
-    with pytest.raises(SystemExit, match="second reward"):
-        common.load_reward((name, name), ())
-
-
-def test_each_row_has_its_own_truth(tmp_path):
-    rows = [{"prompt": "a", "answer": "7"}, {"prompt": "b", "completion": " 8"}]
-    for part in (rows, rows[1:]):
-        texts = [" 7", " 8"][-len(part) :]
-        assert common.load_reward(("exact_answer",), ())(part, texts)[0].tolist() == [1.0] * len(part)
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "c", "hint": 1}]))
-    loaded = [row for part in common.load_data(str(tmp_path / "d.jsonl"), "", 9, ("prompt",)) for row in part]
-    assert {frozenset(row) for row in loaded} == {frozenset(["prompt", "answer", "completion", "hint"])}
-
-
-def test_messages_are_answered_by_messages_and_none_scores_nothing(tmp_path):
-    text = "def judge(prompts, completions, colour):\n"
-    text += "    assert prompts[0] == [{'role': 'user', 'content': 'q'}]\n"
-    text += "    assert completions[0] == [{'role': 'assistant', 'content': 'a'}]\n"
-    text += "    return [2.0 if c == 'red' else None for c in colour]\n"
-    score = common.load_reward((own(tmp_path, text) + ":judge",), (0.5,))
-    rows = [{"prompt": [{"role": "user", "content": "q"}], "colour": c} for c in ("red", "blue")]
-    rewards, components = score(rows, ["a", "b"])
-    assert rewards[0] == 1.0 and rewards[1].isnan() and components["judge"][0] == 2.0
-
-
-def test_installed_modules_and_neighbours_and_pickle(tmp_path, monkeypatch):
+def test_a_reward_is_found_as_a_file_with_neighbours_or_in_a_module(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     module = types.ModuleType("judges_of_mine")
-    module.long = lambda completions: [float(len(text)) for text in completions]
+    module.long = lambda completions, **columns: [float(len(text)) for text in completions]
     monkeypatch.setitem(sys.modules, "judges_of_mine", module)
     assert scores_of("judges_of_mine:long") == [3.0, 3.0]
     own(tmp_path, "def right(text):\n    return float(text == ' 85')\n", "beside_me")
-    text = "from beside_me import right\ndef judge(completions):\n    return [right(text) for text in completions]\n"
-    name = own(tmp_path, text, "my_judge") + ":judge"
-    assert scores_of(name) == [1.0, 0.0]
-    function = common.load_function(name)
-    assert pickle.loads(pickle.dumps(function)) is function  # as a process pool sends it
-    count = "import sys\nsys.loads_of_mine = getattr(sys, 'loads_of_mine', 0) + 1\n"
-    count = own(tmp_path, count + "def a(prompts): return [0.0]\nb = a\n", "counted")
-    common.load_reward((f"{count}:a", f"{count}:b"), ())
-    assert sys.loads_of_mine == 1  # two rewards of one file share its state, such as a judge model
-    for name in ("random", "numpy"):
-        with pytest.raises(SystemExit, match="rename the file"):
-            common.load_function(own(tmp_path, "def f(prompts): pass\n", name) + ":f")
-    other = tmp_path / "other"
-    other.mkdir()
-    assert scores_of(own(other, "def judge(completions):\n    return [5.0, 6.0]\n", "my_judge") + ":judge") == [5, 6]
+    text = "from beside_me import right\ndef judge(completions, **columns):\n    return map(right, completions)\n"
+    assert scores_of(own(tmp_path, text) + ":judge") == [1.0, 0.0]
+    (other := tmp_path / "other").mkdir()
+    assert scores_of(own(other, "def judge(**columns):\n    return [5.0, 6.0]\n") + ":judge") == [5, 6]
+    assert common.load_function("mine.py:judge", other)() == [5.0, 6.0]  # as a rubric names it, beside itself
+
+
+def test_messages_are_answered_by_messages_and_none_scores_nothing(monkeypatch):
+    def judge(prompts, completions, colour, **columns):
+        assert prompts[0] == [turn("user", "q")] and completions[0] == [turn("assistant", "a")]
+        return [2.0 if one == "red" else None for one in colour]
+
+    monkeypatch.setitem(common.REWARDS, "judge", judge)
+    rows = [{"prompt": [turn("user", "q")], "colour": "red"}, {"prompt": [turn("user", "q")]}]  # a column of one row
+    rewards, components = common.load_reward(("judge",), (0.5,))(rows, ["a", "b"])
+    assert rewards[0] == 1.0 and rewards[1].isnan() and components["judge"][0] == 2.0
+    sure = common.load_reward(("judge", "exact_answer"), ())([row | {"answer": "b"} for row in rows], ["a", "b"])[0]
+    assert sure.tolist() == [2.0, 1.0]  # what one cannot score counts for nothing in the sum
 
 
 def test_numbers_of_any_library(monkeypatch):
-    values = [np.float32(0.5), np.int64(2), np.bool_(True), torch.tensor(0.25), True, 3, None]
-    assert common.to_floats("r", values, [""] * 7)[:6].tolist() == [0.5, 2.0, 1.0, 0.25, 1.0, 3.0]
-    for value in ("0.5", float("nan"), np.inf, [1.0], torch.ones(2), 10**400, object()):
-        with pytest.raises(SystemExit, match=r"reward r: returned .* for the completion 'text'; expected a finite"):
-            common.to_floats("r", [value], ["text"])
-    for returned in ("10", None, 1.0):
-        monkeypatch.setitem(common.REWARDS, "r", lambda completions, value=returned: value)
-        with pytest.raises(SystemExit, match=r"reward r: (raised TypeError|returned '1')"):
-            scores_of("r")
-    for returned in (np.ones(2), torch.ones(2), (1.0, 1.0)):
-        monkeypatch.setitem(common.REWARDS, "r", lambda completions, value=returned: value)
-        assert scores_of("r") == [1.0, 1.0]
+    values = [np.float32(0.5), np.int64(2), np.bool_(True), torch.tensor(0.25), True, 3]
+    for returned in (values, np.array(values, float), torch.tensor(np.array(values, float)), tuple(values)):
+        monkeypatch.setitem(common.REWARDS, "r", lambda value=returned, **columns: value)
+        assert scores_of("r", ROWS * 3, TEXTS * 3, IDS * 3) == [0.5, 2.0, 1.0, 0.25, 1.0, 3.0]
 
 
 def test_a_reward_changes_nobodys_data(monkeypatch):
-    def greedy(prompts, completions, completion_ids, tags):
+    def greedy(prompts, completions, completion_ids, tags, **columns):
         for prompt, completion, ids, tag in zip(prompts, completions, completion_ids, tags):
             assert len(prompt) == 1 and len(tag) == 1
             prompt.append(completion.pop())
@@ -232,72 +194,31 @@ def test_a_reward_changes_nobodys_data(monkeypatch):
 
     for name in ("first", "second"):
         monkeypatch.setitem(common.REWARDS, name, greedy)
-    row = {"prompt": [{"role": "user", "content": "q"}], "tags": ["t"]}
-    score, ids = common.load_reward(("first", "second"), (), [row]), [[1], [2]]
+    row, ids = {"prompt": [turn("user", "q")], "tags": ["t"]}, [[1], [2]]
+    score = common.load_reward(("first", "second"), ())
     for _ in range(2):  # two samples of one prompt, two rewards, twice
         assert score([row, row], ["a", "b"], ids)[0].tolist() == [2.0, 2.0]
-    assert row == {"prompt": [{"role": "user", "content": "q"}], "tags": ["t"]} and ids == [[1], [2]]
+    assert row == {"prompt": [turn("user", "q")], "tags": ["t"]} and ids == [[1], [2]]
 
 
-def test_asynchronous_rewards_wait_together_on_one_loop_also_in_a_notebook(monkeypatch):
-    started, loops = [], []
+def test_what_a_run_hands_to_a_reward(tmp_path, monkeypatch):
+    """The sampled tokens, the stop token last, without padding; in the main thread, as math-verify stops by a signal,
+    which no other gets; without autocast, which would change a reward model's scores."""
+    seen, tokenizer = [], common.load_model("models/arithmetic", CPU)[1]
 
-    async def judge(completions, other):
-        started.append(other)
-        loops.append(asyncio.get_running_loop())
-        while len(set(started)) < 2:  # would wait for good if they came one after the other
-            await asyncio.sleep(0.001)
-        return [1.0] * len(completions)
-
-    for name in ("first", "second"):
-        monkeypatch.setitem(common.REWARDS, name, partial(judge, other=name))
-    score = common.load_reward(("first", "second"), ())
-    assert score(ROWS, TEXTS)[0].tolist() == [2.0, 2.0]
-
-    async def notebook():  # a loop runs already
-        return score(ROWS, TEXTS)[0].tolist()
-
-    assert asyncio.run(notebook()) == [2.0, 2.0]
-    assert len({id(loop) for loop in loops}) == 1  # so a client of the first call works in the second
-
-    async def broken(completions):
-        raise ConnectionError("the judge is down")
-
-    monkeypatch.setitem(common.REWARDS, "broken", broken)
-    with pytest.raises(SystemExit, match=r"reward broken: raised ConnectionError\('the judge is down'\) in .*, line"):
-        scores_of("broken")
-
-
-def test_a_reward_runs_in_the_main_thread_and_in_full_precision(tmp_path, monkeypatch):
-    """math-verify stops by a signal, which only the main thread gets; autocast would change a reward model's scores."""
-    seen = []
-
-    def reward(prompts, completions):
-        seen.append((threading.current_thread(), (torch.ones(1, 1) @ torch.ones(1, 1)).dtype))
-        return [1.0] * len(prompts)
-
-    monkeypatch.setitem(common.REWARDS, "reward", reward)
-    small = {"num_steps": 1, "prompts_per_step": 2, "samples_per_prompt": 2, "eval_prompts": 2, "dtype": "bfloat16"}
-    grpo.main(grpo.Args(reward=("reward",), output_dir=str(tmp_path / "run"), **small))
-    assert seen == [(threading.main_thread(), torch.float32)] * 3
-
-
-def test_completion_ids_are_the_kept_tokens(tmp_path, monkeypatch):
-    """Of rollouts and of evaluations: the sampled tokens, the stop token last, without padding."""
-    seen = []
-
-    def judge(prompts, completions, completion_ids):
-        tokenizer = common.load_model("models/arithmetic", torch.device("cpu"))[1]
+    def judge(prompts, completions, completion_ids, **columns):
         for text, ids in zip(completions, completion_ids):
             assert text == tokenizer.decode(ids, skip_special_tokens=True) and 0 < len(ids) <= 8
             assert 0 not in ids[:-1]
+        assert threading.current_thread() is threading.main_thread()
+        assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.float32
         seen.append(len(prompts))
         return [1.0] * len(prompts)
 
     monkeypatch.setitem(common.REWARDS, "judge", judge)
     small = {"num_steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4, "eval_prompts": 3, "temperature": 3.0}
-    grpo.main(grpo.Args(reward=("judge",), output_dir=str(tmp_path / "run"), **small))
-    assert sum(seen) == 16 + 2 * 3
+    grpo.main(grpo.Args(reward=("judge",), output_dir=str(tmp_path / "run"), dtype="bfloat16", **small))
+    assert seen == [3, 16, 3]
 
 
 def test_trls_own_rewards_give_trls_own_scores(tmp_path):
@@ -305,7 +226,7 @@ def test_trls_own_rewards_give_trls_own_scores(tmp_path):
     pytest.importorskip("trl", reason="trl is in benchmarks/requirements.txt")
 
     def chat(*texts, **columns):
-        rows = [{"prompt": [{"role": "user", "content": "q"}]} for _ in texts]
+        rows = [{"prompt": [turn("user", "q")]} for _ in texts]
         for name, values in columns.items():
             rows = [row | {name: value} for row, value in zip(rows, values)]
         return rows, list(texts)
@@ -337,11 +258,5 @@ def test_math_verify_knows_equal_answers():
         ("42", r"<think>\boxed{42}</think>so 43", 0),
     ]
     rows = [{"prompt": "q", "answer": truth} for truth, _, _ in pairs]
-    got = scores_of("math", rows, [said for _, said, _ in pairs], [[]] * len(pairs))
+    got = scores_of(f"{EXAMPLES}:math", rows, [said for _, said, _ in pairs], [[]] * len(pairs))
     assert got == [right for _, _, right in pairs]
-
-
-def test_without_math_verify_its_reward_is_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(SystemExit, match=r"--reward math: needs `pip install math-verify`"):
-        common.load_reward(("math",), (), ROWS)(ROWS, TEXTS)

@@ -1,8 +1,5 @@
 """Sampling and scoring: what is sampled is what is scored, on absolute and rotary positions, padded or not."""
 
-from types import SimpleNamespace
-
-import common
 import grpo
 import trpo
 
@@ -12,6 +9,7 @@ from conftest import random_model
 from oracle import Oracle
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]
+COMPLETIONS = [[20, 21, 22, 0], [23, 0], [24, 25, 26, 27]]
 
 
 def padded(prompts):
@@ -21,6 +19,13 @@ def padded(prompts):
     return ids, mask
 
 
+def batch_of(completions, width):
+    """Inputs of token_logprobs: the three prompts, an equal number of completions of each, padded to the width."""
+    ids = torch.tensor([c + [99] * (width - len(c)) for c in completions])
+    mask = torch.tensor([[1.0] * len(c) + [0.0] * (width - len(c)) for c in completions])
+    return *padded(PROMPTS), ids, mask
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_logprobs_are_those_of_training(model, temperature):
     prompt_ids, prompt_mask = padded(PROMPTS)
@@ -28,35 +33,26 @@ def test_sampled_logprobs_are_those_of_training(model, temperature):
     ids, mask, sampled, _ = grpo.rollout(
         model, prompt_ids, prompt_mask, samples_per_prompt=8, max_new_tokens=12, temperature=temperature
     )
-    repeated = prompt_ids.repeat_interleave(8, 0), prompt_mask.repeat_interleave(8, 0)
-    scored = grpo.token_logprobs(model, *repeated, ids, mask, temperature=temperature)
+    scored = grpo.token_logprobs(model, prompt_ids, prompt_mask, ids, mask, temperature=temperature)
     assert len(set(mask.sum(1).tolist())) > 1  # some rows left the batch early
     torch.testing.assert_close(sampled, scored, atol=1e-4, rtol=0)
-    unscaled = grpo.token_logprobs(model, *repeated, ids, mask)
+    unscaled = grpo.token_logprobs(model, prompt_ids, prompt_mask, ids, mask)
     assert temperature == 1.0 or (sampled - unscaled).abs().max() > 0.1
 
 
 def test_greedy_is_generates_greedy(model):
     prompt_ids, prompt_mask = padded(PROMPTS)
-    ids, mask, _, _ = grpo.rollout(
-        model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=10, temperature=0.0
-    )
+    ids, mask, _, _ = grpo.rollout(model, prompt_ids, prompt_mask, max_new_tokens=10)
     for prompt, row, keep in zip(PROMPTS, ids, mask > 0):
         alone = torch.tensor([prompt])
-        expected = model.generate(alone, attention_mask=alone.ne(-1), do_sample=False, max_new_tokens=10)[
-            0, len(prompt) :
-        ]
-        assert row[keep].tolist() == expected.tolist()
+        expected = model.generate(alone, attention_mask=alone.ne(-1), do_sample=False, max_new_tokens=10)
+        assert row[keep].tolist() == expected[0, len(prompt) :].tolist()
 
 
 def test_logprobs_do_not_depend_on_padding(model):
     """Against the model's own logits for one unpadded row, so the shift by one position is checked too."""
-    completions = [[20, 21, 22, 0], [23, 0], [24, 25, 26, 27]]
-    prompt_ids, prompt_mask = padded(PROMPTS)
-    ids = torch.tensor([c + [99] * (4 - len(c)) for c in completions])
-    mask = torch.tensor([[1.0] * len(c) + [0.0] * (4 - len(c)) for c in completions])
-    scored = grpo.token_logprobs(model, prompt_ids, prompt_mask, ids, mask)
-    for row, (prompt, completion) in enumerate(zip(PROMPTS, completions)):
+    scored = grpo.token_logprobs(model, *batch_of(COMPLETIONS, 4))
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS)):
         logits = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
         expected = torch.stack([logits[len(prompt) - 1 + t, token] for t, token in enumerate(completion)])
         torch.testing.assert_close(scored[row, : len(completion)], expected, atol=1e-4, rtol=0)
@@ -129,9 +125,7 @@ def test_log_softmax_is_of_float32_logits():
     model = random_model("llama").to(torch.bfloat16)
     prompt_ids, prompt_mask = padded(PROMPTS)
     torch.manual_seed(0)
-    ids, mask, sampled, _ = grpo.rollout(
-        model, prompt_ids, prompt_mask, samples_per_prompt=1, max_new_tokens=4, temperature=0.7
-    )
+    ids, mask, sampled, _ = grpo.rollout(model, prompt_ids, prompt_mask, max_new_tokens=4, temperature=0.7)
     scored = grpo.token_logprobs(model, prompt_ids, prompt_mask, ids, mask, temperature=0.7)
     whole = trpo.next_token_logprobs(model, prompt_ids, prompt_mask, ids, mask, temperature=0.7)
     positions = (torch.cat([prompt_mask, mask.long()], 1).cumsum(1) - 1).clamp(min=0)
@@ -147,53 +141,30 @@ def test_log_softmax_is_of_float32_logits():
     torch.testing.assert_close(sampled[:, 0].double(), first, atol=1e-4, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_gradient_checkpointing_cannot_corrupt_a_rollout(model):
-    """In train mode it drops the KV cache, and generate() then samples garbage (transformers#36051): here it fails."""
-    prompt_ids, prompt_mask = padded(PROMPTS)
-    settings = {"samples_per_prompt": 1, "max_new_tokens": 8, "temperature": 0.0}
-    expected = grpo.rollout(model, prompt_ids, prompt_mask, **settings)[0]
-    model.gradient_checkpointing_enable()
-    assert (grpo.rollout(model, prompt_ids, prompt_mask, **settings)[0] == expected).all()  # in eval mode, as loaded
-    model.train()
-    with pytest.raises(AttributeError, match="NoneType"):
-        grpo.rollout(model, prompt_ids, prompt_mask, **settings)
+GROUPS = [*COMPLETIONS, [28], [29, 30, 31, 0, 32], [33], [34, 35], [36, 37], [38]]  # three of each prompt
 
 
-GROUPS = [PROMPTS[0]] * 4 + [PROMPTS[1]] * 3 + [PROMPTS[2]] * 4  # as a micro-batch may cut them
-COMPLETIONS = [[20, 21, 22, 0], [23, 0], [24, 25, 26, 27], [28]] * 3
-
-
-def scored(model, groups, completions, temperature=0.7):
+def scored(model, completions, width=6, temperature=0.7):
     """Log-probs and gradient of their sum, weighted unevenly."""
-    prompt_ids, prompt_mask = padded(groups)
-    ids = torch.tensor([c + [99] * (6 - len(c)) for c in completions[: len(groups)]])  # padding in every row
-    mask = torch.tensor([[1.0] * len(c) + [0.0] * (6 - len(c)) for c in completions[: len(groups)]])
     model.zero_grad()
-    logprobs = grpo.token_logprobs(model, prompt_ids, prompt_mask, ids, mask, temperature=temperature)
-    (logprobs * torch.arange(1.0, len(groups) + 1)[:, None]).sum().backward()
+    logprobs = grpo.token_logprobs(model, *batch_of(completions, width), temperature=temperature)
+    (logprobs * torch.arange(1.0, len(completions) + 1)[:, None]).sum().backward()
     return logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_equal_prompts_are_computed_once_and_get_their_gradient(model):
-    """Against one row at a time, of which nothing is shared; and the tokens that the trunk is given are counted."""
-    given = []
-    hook = model.base_model.register_forward_hook(
+@pytest.mark.parametrize("shares_prompts", [True, False])
+def test_equal_prompts_are_computed_once(model, shares_prompts):
+    """The tokens that the trunk is given are counted; test_batches.py has their gradient."""
+    given, model.shares_prompts = [], shares_prompts
+    model.base_model.register_forward_hook(
         lambda m, args, settings, out: given.append(settings["input_ids"].numel()), with_kwargs=True
     )
-    together, gradient = scored(model, GROUPS, COMPLETIONS)
-    assert given == [3 * 6, 11 * 3]  # 3 prompts of up to 6 tokens, then 11 times all but the last completion token
+    scored(model, GROUPS)
+    # 3 prompts of up to 6 tokens, then 9 times all but the last completion token; or all in one pass
+    assert given == ([3 * 6, 9 * 4] if shares_prompts else [9 * (6 + 4)])
     given.clear()
-    scored(model, PROMPTS, COMPLETIONS)
+    scored(model, COMPLETIONS)
     assert given == [3 * (6 + 3)]  # nothing to share: one pass
-    hook.remove()
-    alone, total = [], 0.0
-    for row, (prompt, completion) in enumerate(zip(GROUPS, COMPLETIONS)):
-        logprobs, one = scored(model, [prompt], [completion])
-        alone.append(logprobs)
-        total = total + one * (row + 1)
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(gradient, total, atol=1e-4 * total.abs().max().item(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("log2, size, passes", [(22, 4, 2), (20, 16, 1)])
@@ -202,66 +173,12 @@ def test_log_probs_are_made_in_chunks_of_the_vocabulary(model, log2, size, passe
 
     Up to four chunks, 2**26 logits, are held for the backward pass, more are made again in it.
     """
-    whole, gradient = scored(model, GROUPS, COMPLETIONS)
+    whole, gradient = scored(model, GROUPS)
     tokens, sizes = int((whole < 0).sum()), []
     assert (tokens > 4 * size) == (passes == 2) and tokens > size
-    hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
+    model.get_output_embeddings().register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
     model.config.vocab_size = 2**log2
-    chunked, again = scored(model, GROUPS, COMPLETIONS)
-    hook.remove()
+    chunked, again = scored(model, GROUPS)
     assert max(sizes) == size and sum(sizes) == passes * tokens
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(again, gradient, atol=1e-6 * gradient.abs().max().item(), rtol=1e-4)
-
-
-def test_gradient_checkpointing_gets_the_same_gradient(model, tokenizer, tmp_path):
-    """Layers that run twice would write a cache twice, so no prompt is shared: slower, and as right."""
-    expected, gradient = scored(model, GROUPS, COMPLETIONS)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    train = SimpleNamespace(gradient_checkpointing=True, lora_rank=0)
-    checkpointed, _ = common.load_model(str(tmp_path), torch.device("cpu"), train=train)
-    checkpointed.get_output_embeddings()._forward_hooks.clear()  # which cuts the logits of 43 tokens without a text off
-    got, again = scored(checkpointed, GROUPS, COMPLETIONS)
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(again, gradient, atol=1e-4 * gradient.abs().max().item(), rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "settings"),
-    [
-        ("Gemma2", {"final_logit_softcapping": 5.0, "head_dim": 8, "sliding_window": 6}),
-        ("Cohere", {"logit_scale": 0.3}),
-        ("Granite", {"logits_scaling": 3.0}),
-        ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
-        ("Qwen3_5Text", {"layer_types": ["linear_attention", "full_attention"]}),
-        ("FalconH1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
-        ("Mpt", {}),
-    ],
-)
-def test_architectures_of_other_kinds(architecture, settings):
-    """Logits that are capped or scaled after the head, states of convolutions, caches that are written in place."""
-    import transformers
-
-    config_class = getattr(transformers, f"{architecture}Config")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
-    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64} if architecture == "Mpt" else sizes
-    torch.manual_seed(0)
-    config = config_class(vocab_size=300, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes, **settings)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    prompt_ids, prompt_mask = padded(GROUPS)
-    scored(model, GROUPS, [completion[:2] for completion in COMPLETIONS])  # one new token has kernels of its own
-    logprobs, gradient = scored(model, GROUPS, COMPLETIONS)
-    model.zero_grad()
-    ids = torch.tensor([c + [99] * (6 - len(c)) for c in COMPLETIONS[:11]])
-    mask = (logprobs < 0).float()
-    attended = torch.cat([prompt_mask, mask.long()], 1)
-    positions = (attended.cumsum(1) - 1).clamp(min=0)
-    both = torch.cat([prompt_ids, ids], 1)
-    logits = model(input_ids=both, attention_mask=attended, position_ids=positions, use_cache=False).logits
-    expected = (logits[:, 5:-1] / 0.7).log_softmax(-1).gather(-1, ids[..., None])[..., 0] * mask
-    (expected * torch.arange(1.0, 12)[:, None]).sum().backward()
-    plain = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(logprobs, expected.detach(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(gradient, plain, atol=1e-4 * plain.abs().max().item(), rtol=1e-3)

@@ -12,17 +12,26 @@ from conftest import random_model, sample_in_float32
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 V = 5
-PROMPT = torch.tensor([[1, 2], [0, 3], [4, 4]])
-PROMPT_MASK = torch.tensor([[1, 1], [0, 1], [1, 1]])
-COMPLETION = torch.tensor([[1, 2, 0], [3, 0, 4], [2, 2, 2]])
-MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+PROMPT, PROMPT_MASK = torch.tensor([[1, 2], [0, 3]]), torch.tensor([[1, 1], [0, 1]])
+COMPLETION = torch.tensor([[1, 2, 0], [3, 0, 4], [2, 2, 2], [0, 1, 3]])
+MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
 BATCH = (PROMPT, PROMPT_MASK, COMPLETION, MASK)
+ADVANTAGES = torch.tensor([1.0, -0.5, 2.0, 0.3])
+CHUNKS = [(*inputs, ADVANTAGES[rows]) for rows, inputs in common.micro_batches(BATCH, torch.arange(2), 2)]
+
+
+def random_vector(parameters, seed=0):
+    return torch.randn(sum(p.numel() for p in parameters), generator=torch.Generator().manual_seed(seed))
 
 
 def fvp_of(model, vector, temperature=0.7, **settings):
-    split = list(zip(*(x.split(2) for x in BATCH)))
-    factors = [trpo.fisher_factors(model, chunk, temperature=temperature, normalizer=MASK.sum()) for chunk in split]
+    of_chunk = {"temperature": temperature, "normalizer": MASK.sum()}
+    factors = [trpo.fisher_factors(model, chunk, **of_chunk) for *chunk, _ in CHUNKS]
     return trpo.fisher_vector_product(factors, list(model.parameters()), vector, **settings)
+
+
+def run(tmp_path, **settings):
+    return trpo.main(trpo.Args(**settings, output_dir=str(tmp_path / "run")))
 
 
 @pytest.fixture
@@ -35,7 +44,7 @@ def small_model():
 def test_fisher_vector_product_is_the_explicit_fisher_times_the_vector(small_model):
     """F = 1/N sum_t sum_y pi(y) g g' with g the gradient of log pi(y), each of them by one plain backward pass."""
     parameters = list(small_model.parameters())
-    vector = torch.randn(sum(p.numel() for p in parameters), generator=torch.Generator().manual_seed(0))
+    vector = random_vector(parameters)
     log_softmax = trpo.next_token_logprobs(small_model, *BATCH, temperature=0.7)
     expected = torch.zeros_like(vector)
     assert len(log_softmax) == MASK.sum() < MASK.numel()
@@ -52,7 +61,7 @@ def test_fisher_vector_product_is_the_explicit_fisher_times_the_vector(small_mod
 def test_fisher_is_the_hessian_of_the_measured_kl(small_model):
     """The KL of the line search, differentiated twice at the policy itself, and its value after a small step."""
     parameters = list(small_model.parameters())
-    vector = torch.randn(sum(p.numel() for p in parameters), generator=torch.Generator().manual_seed(1))
+    vector = random_vector(parameters, seed=1)
     with sdpa_kernel(SDPBackend.MATH):
         new = trpo.next_token_logprobs(small_model, *BATCH, temperature=0.7)
     kl = (new.detach().exp() * (new.detach() - new)).sum() / MASK.sum()
@@ -67,10 +76,9 @@ def test_fisher_is_the_hessian_of_the_measured_kl(small_model):
     with torch.no_grad():
         for parameter, delta in zip(moved.parameters(), step.split([p.numel() for p in parameters])):
             parameter += delta.view_as(parameter)
-    chunks = [(*chunk, torch.ones(len(chunk[0]))) for chunk in zip(*(x.split(2) for x in BATCH))]
-    _, kl = trpo.surrogate_and_kl(moved, small_model, chunks, temperature=0.7)
+    _, kl = trpo.surrogate_and_kl(moved, small_model, CHUNKS, temperature=0.7)
     assert kl.item() == pytest.approx(1e-3, rel=0.1)
-    _, none = trpo.surrogate_and_kl(small_model, small_model, chunks, temperature=0.7)
+    _, none = trpo.surrogate_and_kl(small_model, small_model, CHUNKS, temperature=0.7)
     assert none.item() == pytest.approx(0.0, abs=1e-7)
 
 
@@ -78,12 +86,10 @@ def test_surrogate_and_kl_of_another_policy(small_model):
     other = random_model("llama", vocab_size=V)
     with torch.no_grad():
         other.lm_head.weight.mul_(0.8)
-    advantages = torch.tensor([1.0, -0.5, 2.0])
     old = trpo.token_logprobs(small_model, *BATCH, temperature=0.7)
     new = trpo.token_logprobs(other, *BATCH, temperature=0.7)
-    expected = ((new - old).exp() * advantages[:, None] * MASK).sum() / MASK.sum()
-    chunks = [(*BATCH, advantages)]
-    surrogate, kl = (x.float() for x in trpo.surrogate_and_kl(other, small_model, chunks, temperature=0.7))
+    expected = ((new - old).exp() * ADVANTAGES[:, None] * MASK).sum() / MASK.sum()
+    surrogate, kl = (x.float() for x in trpo.surrogate_and_kl(other, small_model, CHUNKS, temperature=0.7))
     torch.testing.assert_close(surrogate, expected)
     old, new = (trpo.next_token_logprobs(model, *BATCH, temperature=0.7) for model in (small_model, other))
     expected = torch.nn.functional.kl_div(new, old, log_target=True, reduction="none").sum()  # KL(old || new)
@@ -96,10 +102,9 @@ def test_a_kl_of_1e_8_can_be_measured_with_a_model_in_float32(small_model, monke
     other = copy.deepcopy(small_model)
     with torch.no_grad():
         other.lm_head.weight.mul_(1.0003)
-    chunks = [(*BATCH, torch.ones(3))]
-    surrogate, kl = trpo.surrogate_and_kl(other, small_model, chunks, temperature=0.7)
+    surrogate, kl = trpo.surrogate_and_kl(other, small_model, CHUNKS, temperature=0.7)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    exact = trpo.surrogate_and_kl(other.double(), small_model.double(), chunks, temperature=0.7)
+    exact = trpo.surrogate_and_kl(other.double(), small_model.double(), CHUNKS, temperature=0.7)
     assert 1e-8 < exact[1] < 1e-7
     assert kl.item() == pytest.approx(exact[1].item(), rel=0.01)
     assert surrogate.item() == pytest.approx(exact[0].item(), abs=2e-6)
@@ -164,9 +169,7 @@ def test_line_search_refuses_what_is_not_finite():
 def test_measured_kl_never_passes_the_bound(tmp_path, monkeypatch):
     searches, line_search = [], trpo.line_search
     monkeypatch.setattr(trpo, "line_search", lambda m, *a, **k: searches.append(m()) or line_search(m, *a, **k))
-    args = trpo.Args(num_steps=6, prompts_per_step=8, max_kl=0.05, eval_every=6, eval_prompts=8)
-    args.micro_batch_size, args.output_dir = 10, str(tmp_path / "run")
-    trpo.main(args)
+    run(tmp_path, num_steps=6, prompts_per_step=8, max_kl=0.05, eval_every=6, eval_prompts=8, micro_batch_size=10)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
     assert len(searches) == sum("kl/old" in row for row in rows)  # a step without a gradient has nothing to search
     bounds = [0.05 * (1 - step / 6) for step in range(6)]
@@ -182,8 +185,7 @@ def test_measured_kl_never_passes_the_bound(tmp_path, monkeypatch):
 
 def test_a_failed_search_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(trpo, "surrogate_and_kl", lambda *a, **k: (0.0, 0.0))  # never rises
-    args = trpo.Args(num_steps=2, prompts_per_step=16, eval_prompts=4, output_dir=str(tmp_path / "run"))
-    metrics = trpo.main(args)
+    metrics = run(tmp_path, num_steps=2, prompts_per_step=16, eval_prompts=4)
     assert metrics["line_search/failed"] == 1 and metrics["line_search/fraction"] == 0
     before = common.load_model("models/arithmetic", torch.device("cpu"))[0].state_dict()
     after = common.load_model(str(tmp_path / "run" / "model"), torch.device("cpu"))[0].state_dict()
@@ -196,16 +198,12 @@ def test_a_small_step_has_the_kl_that_is_predicted(tmp_path, monkeypatch, double
     The share is 0.986 for d = 1e-4, 0.995 for 1e-6, 0.998 for 1e-7 and 0.9994 for 1e-8: the third order.
     """
     sample_in_float32(trpo, monkeypatch)
-    args = trpo.Args(num_steps=1, prompts_per_step=16, max_kl=1e-8, fisher_samples=4, eval_prompts=2)
-    args.output_dir = str(tmp_path / "run")
-    metrics = trpo.main(args)
+    metrics = run(tmp_path, num_steps=1, prompts_per_step=16, max_kl=1e-8, fisher_samples=4, eval_prompts=2)
     assert metrics["line_search/fraction"] == 1.0
     assert metrics["kl/old"] == pytest.approx(1e-8, rel=0.01) == metrics["kl/predicted"]
 
 
 def test_float32_tells_whether_a_step_is_within_a_small_bound(tmp_path):
     """The step above in float32: its KL is 0.998 of the bound, and must not be measured as more than the bound."""
-    args = trpo.Args(num_steps=1, prompts_per_step=16, max_kl=1e-7, fisher_samples=4, eval_prompts=2)
-    args.output_dir = str(tmp_path / "run")
-    metrics = trpo.main(args)
+    metrics = run(tmp_path, num_steps=1, prompts_per_step=16, max_kl=1e-7, fisher_samples=4, eval_prompts=2)
     assert metrics["line_search/fraction"] == 1.0 and metrics["kl/old"] == pytest.approx(0.998e-7, rel=0.02)

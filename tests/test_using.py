@@ -13,9 +13,10 @@ def test_every_example_of_the_page_runs(tmp_path):
     page = (REPO / "docs" / "using.md").read_text()
     blocks = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 10
-    for path in ("common.py", "builtin_rewards.py", "sft.py", "reinforce.py", "ppo.py", "grpo.py", "dpo.py"):
+    for path in ("common.py", "sft.py", "reinforce.py", "ppo.py", "grpo.py", "dpo.py"):
         shutil.copy(REPO / path, tmp_path)
-    shutil.copytree(REPO / "models" / "arithmetic", tmp_path / "models" / "arithmetic")
+    for path in ("models/arithmetic", "examples"):
+        shutil.copytree(REPO / path, tmp_path / path)
     for language, file, text in blocks:
         if file:
             (tmp_path / file).write_text(text)
@@ -29,5 +30,5 @@ def test_every_example_of_the_page_runs(tmp_path):
             assert done.returncode == 0, (text, done.stderr[-2000:])
         if "print" in text:
             assert done.stdout.strip(), text
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"grpo.py", "common.py", "builtin_rewards.py"}
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"grpo.py", "common.py"}
     assert len(list((tmp_path / "runs").glob("*/model"))) == 8

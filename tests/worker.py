@@ -1,8 +1,7 @@
-"""Runs of scripts in float64 whose results do not depend on the number of processes.
+"""Runs of scripts in float64 whose results do not depend on the number of processes: python worker.py JOBS.
 
-python worker.py JOBS, or torchrun --nproc-per-node N worker.py JOBS, where JOBS is a JSON file with a list of
-{"script": name, "args": {...}}, with "die": [rank, step] for a process that is to be killed in that step, and with
-"own_rollout": true for the script's own, which draws random numbers.
+JOBS is a JSON file with a list of {"script": name, "args": {...}}, with "die": [rank, step] for a process that is to be
+killed in that step, and with "own_rollout": true for the script's own, which draws random numbers.
 """
 
 import contextlib
@@ -20,15 +19,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 
 import torch
+import transformers
 
-FLOAT = torch.Tensor.float
+FLOAT, from_pretrained = torch.Tensor.float, transformers.AutoModelForCausalLM.from_pretrained
 torch.Tensor.float = torch.Tensor.double
 torch.set_default_dtype(torch.float64)
-from_pretrained = common.AutoModelForCausalLM.from_pretrained
 
 
-def load_double(*args, dtype, **kwargs):
-    return from_pretrained(*args, dtype=torch.float64, **kwargs)
+def load_double(*args, **kwargs):
+    return from_pretrained(*args, **kwargs | {"dtype": torch.float64})
 
 
 def in_double(rollout):
@@ -36,9 +35,9 @@ def in_double(rollout):
 
     def sample(*args, **settings):
         torch.Tensor.float = FLOAT
-        completion_ids, completion_mask, logprobs, truncated = rollout(*args, **settings)
+        sampled = rollout(*args, **settings)
         torch.Tensor.float = torch.Tensor.double
-        return completion_ids, completion_mask.double(), logprobs.double(), truncated
+        return [part.double() if part.is_floating_point() else part for part in sampled]
 
     return sample
 
@@ -48,13 +47,12 @@ def by_prompt(rollout):
 
     def sample(model, prompt_ids, prompt_mask, **settings):
         results = [], [], [], []
-        for row, mask in zip(prompt_ids, prompt_mask):
-            row = row[mask > 0]
+        for row in (ids[mask > 0] for ids, mask in zip(prompt_ids, prompt_mask)):
             with torch.random.fork_rng():
                 torch.manual_seed(zlib.crc32(str(row.tolist()).encode()))
                 sampled = in_double(rollout)(model, row[None], torch.ones_like(row)[None], **settings)
             for rows, result in zip(results, sampled):
-                rows += list(result)
+                rows += result
         padded = [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in results[:3]]
         return *padded, torch.stack(results[3])
 
@@ -70,29 +68,28 @@ def checked(gathered):
             yield
             assert not any(hasattr(p, "to_local") for p in model.parameters())
         if hasattr(model, "unshard"):
-            parameters = list(model.parameters())
-            share = sum(p.to_local().numel() for p in parameters) / sum(p.numel() for p in parameters)
+            share = sum(p.to_local().numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
             assert 0.9 < share * common.WORLD_SIZE < 1.1
 
     return watch
 
 
 def run(script: str, args: dict, die: tuple[int, int] = (-1, -1), own_rollout: bool = False) -> None:
-    module, check_finite = importlib.import_module(script), common.Run.check_finite
+    module, decay = importlib.import_module(script), common.decay
     rollout, module.rollout = module.rollout, in_double(module.rollout) if own_rollout else by_prompt(module.rollout)
 
-    def dying(self, step, norm):
+    def dying(args, step):  # as an update begins, in which the others wait for this process
         if (common.RANK, step) == tuple(die):
             os.kill(os.getpid(), signal.SIGKILL)
-        return check_finite(self, step, norm)
+        return decay(args, step)
 
-    common.Run.check_finite = dying
+    common.decay = dying
     module.main(module.Args(**{name: tuple(v) if isinstance(v, list) else v for name, v in args.items()}))
-    module.rollout, common.Run.check_finite = rollout, check_finite
+    module.rollout, common.decay = rollout, decay
 
 
 if __name__ == "__main__":
-    common.AutoModelForCausalLM.from_pretrained, common.gathered = load_double, checked(common.gathered)
+    transformers.AutoModelForCausalLM.from_pretrained, common.gathered = load_double, checked(common.gathered)
     sleep = time.sleep
     if common.WORLD_SIZE > 1:  # one process group for all jobs, and one end
         torch.distributed.init_process_group("gloo")
