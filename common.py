@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -33,10 +34,12 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import GradientCheckpointingLayer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # transformers before 5.24 do not know `cache`
+transformers.utils.logging.get_logger("transformers.utils.generic").setLevel("ERROR")  # which says so, too
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 if WORLD_SIZE > 1 and torch.cuda.is_available():  # before a reward file puts a model on the first GPU
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -165,9 +168,9 @@ def load_model(path: str, device: torch.device, args=None, *, whole: bool = Fals
         lora.base_model_name_or_path = args.model
         peft.inject_adapter_in_model(lora, model)  # which freezes all else (arXiv 2106.09685)
         with autocast(args):  # which would cast frozen weights anew in each pass
-            dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
-        for layer in [module for module in model.modules() if hasattr(module, "base_layer")]:
-            layer.base_layer.to(dtype)
+            bfloat16 = torch.is_autocast_enabled(pick_device(args).type)
+        for layer in [module for module in model.modules() if bfloat16 and hasattr(module, "base_layer")]:
+            layer.base_layer.to(torch.bfloat16)
     if args and args.gradient_checkpointing:
         model.shares_prompts = False  # the cache would be written twice
         for layer in [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]:
@@ -195,19 +198,25 @@ def check_cache(model) -> None:
     model.shares_prompts = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
+class WithoutAdapters:
+    """A model with LoRA adapters, as it was before them: a reference without a second copy."""
+
+    def __init__(self, model) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def trunk(self, **inputs):
+        from peft.helpers import rescale_adapter_scale
+
+        with rescale_adapter_scale(self.model, 0.0):  # disable_adapter() also ends their training, for good under FSDP
+            return self.model.trunk(**inputs)
+
+
 def load_reference(args, model):
-    """The model that the training starts from; with --lora-rank the trained one, its adapters off: no second copy."""
-    if not args.lora_rank:
-        return load_model(args.model, model.device)[0]
-    from peft.helpers import rescale_adapter_scale
-
-    def trunk(**inputs):
-        with rescale_adapter_scale(model, 0.0):  # disable_adapter() also ends their training, for good under FSDP
-            return model.trunk(**inputs)
-
-    reference = copy.copy(model)
-    reference.trunk = trunk
-    return reference
+    """The model that the training starts from; with --lora-rank the trained one without its adapters."""
+    return WithoutAdapters(model) if args.lora_rank else load_model(args.model, model.device)[0]
 
 
 def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
@@ -221,15 +230,18 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def read_rows(source: str, columns: tuple[str, ...], prepare=None, splits=("train",)) -> list[dict]:
-    """Rows of a .jsonl file, or of the first of the splits that a data set of the hub, or a folder, has."""
+    """Rows of a .jsonl, .csv or .parquet file, or of the first of the splits that a folder or hub data set has."""
     if source.endswith(".jsonl"):
         lines = filter(str.strip, Path(source).read_text("utf-8-sig").split("\n"))  # sig: Excel's mark at the start
         rows = json.loads("[" + ",\n".join(lines) + "]")  # so that an error names the line
     else:
         import datasets
 
-        name, _, configuration = source.partition(":")
-        found = datasets.load_dataset(name, configuration or None)
+        file, (name, _, configuration) = Path(source), source.partition(":")
+        if file.is_file():
+            found = datasets.load_dataset(file.suffix[1:], data_files=dict.fromkeys(splits, source))
+        else:
+            found = datasets.load_dataset(name, configuration or None)
         if not (split := [split for split in splits if split in found]):
             raise SystemExit(f"--eval-data {source}: has no split {' or '.join(splits)}; name other rows")
         text = json.dumps(found[split[0]].to_list(), default=str)  # None where a row has no such key
@@ -240,7 +252,8 @@ def read_rows(source: str, columns: tuple[str, ...], prepare=None, splits=("trai
             for turn in [turn for x in turns if isinstance(x, list) for turn in x]:
                 parts = turn.get("content") or ""
                 turn["content"] = parts if isinstance(parts, str) else "".join(part["text"] for part in parts)
-                if not (turn["content"] or turn.get("tool_calls") or turn["role"] in ("system", "tool")):
+                said = turn["content"] or turn.get("tool_calls") or turn.get("role") in ("system", "tool")
+                if not said or not turn.get("role"):
                     raise ValueError(f"not a message with role and content: {turn!r:.100}")
             rows[number] = row = prepare(row) if prepare else row
             if empty := [column for column in columns if not row.get(column)]:
@@ -329,7 +342,8 @@ def completion_tokens(tokenizer, row: dict, completion: str | list[dict], stop_i
     one behind its own words, else EOS."""
     start, text = render(tokenizer, row), render(tokenizer, row, completion)
     stops = dict(zip(tokenizer.convert_ids_to_tokens(stop_ids), stop_ids))
-    answer, words = text[len(start) :], text_of(completion).strip()
+    answer, said = text[len(start) :], completion if isinstance(completion, str) else completion[0]["content"]
+    words = said.strip()
     for stop in stops if isinstance(row["prompt"], str) else ():  # a text may have its stop token already
         words = words.removesuffix(stop)
     if words not in answer or not text.startswith(start):
@@ -596,6 +610,8 @@ class Run:
             self.writer.add_scalar(name, value, step)
         if math.isnan(metrics.get("eval/accuracy", 0.0)):
             raise SystemExit("--reward: the first one scored no held-out completion: it returned None for each of them")
+        if math.isnan(metrics.get("reward/mean", 0.0)):
+            tqdm.write(f"step {step}: no reward could score any completion, so nothing was learned of them")
         shown = ("reward/mean", "loss/sft", "eval/accuracy", "kl/ref", "tokens_per_second")
         self.shown |= {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
         self.bar.set_postfix(self.shown, refresh=False)
@@ -626,8 +642,10 @@ class Run:
         if RANK == 0:
             state["sizes"] = {file.name: file.stat().st_size for file in self.dir.glob("*.jsonl")}
             self.checkpoint.parent.mkdir(exist_ok=True)
-            torch.save(state, self.dir / "state.part")
-            os.replace(self.dir / "state.part", self.checkpoint)  # only now that it is whole
+            with self.checkpoint.with_suffix(".new").open("wb") as file:
+                torch.save(state, file)
+                os.fsync(file.fileno())
+            os.replace(file.name, self.checkpoint)  # only now that it is whole and on the disk
         if stopping:
             total(torch.zeros(()))  # nobody leaves before it is written
             start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"

@@ -87,8 +87,8 @@ PAPER_BETA = {"sppo": 0.001, "simpo": 2.0}
 def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_prompt=1, temperature=0.0):
     """Sample from the plain softmax at the temperature (0: greedy), for left-padded prompts [N, P], until a stop token.
 
-    Returns completion_ids, completion_mask (1.0 up to and including the first stop token), the log-probs of the tokens,
-    all [B, T], B = N * samples_per_prompt, a prompt's adjacent, and truncated [B]: whether one has no stop token.
+    Returns completion_ids, completion_mask (1.0 up to and including the first stop token) and log-probs, all [B, T],
+    B = N * samples_per_prompt, the samples of a prompt adjacent; and truncated [B], where there is no stop token.
     """
     stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
     prompt_of = torch.arange(len(prompt_ids), device=prompt_ids.device).repeat_interleave(samples_per_prompt)  # [B]
@@ -97,19 +97,19 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
     logprobs = torch.zeros_like(completion_mask)
     truncated = torch.ones_like(alive, dtype=torch.bool)
-    token, mask, cache = prompt_ids, prompt_mask, None
+    token, mask, cache = prompt_ids, prompt_mask, None  # token: what the next pass reads, first the whole prompts
     for t in range(max_new_tokens):
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        log_softmax = (output.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [N, V], then [b, V]
+        log_softmax = (output.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [N, V], then [alive, V]
         if t == 0:  # each prompt was read once; its samples go on from copies of its cache
             cache, log_softmax, mask = output.past_key_values, log_softmax[prompt_of], mask[prompt_of]
             cache.reorder_cache(prompt_of)  # every kind of cache has this
         if temperature > 0:  # by one random number a row; torch.multinomial draws V of them, which takes longer
             cdf = log_softmax.exp().cumsum(-1, dtype=torch.float32 if mask.device.type == "mps" else torch.float64)
             token = torch.searchsorted(cdf, torch.rand_like(cdf[:, -1:]) * cdf[:, -1:], right=True)  # [b, 1]
-            token = token.clamp(max=cdf.shape[1] - 1)
+            token = token.clamp(max=cdf.shape[1] - 1)  # where rounding drew the total itself
         else:
             token = log_softmax.argmax(-1, keepdim=True)
         completion_ids[alive, t] = token[:, 0]
@@ -127,10 +127,10 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
 
 
 def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask):
-    """States [b, longest, H], without the head, from which each token of the completions is chosen. A prompt's G
-    completions share one pass over it, by copies of its KV cache, through which gradients flow back."""
+    """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
+    head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # nobody reads the last token; but one at least: FSDP needs equal passes everywhere
+    read = max(1, longest - 1)  # no token follows the last; at least one, so that every process runs this pass (FSDP)
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -263,9 +263,9 @@ def evaluate(run, step, model, tokenizer, rows, score, args):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            decoded = common.decode(tokenizer, *completions[:2])
-            texts += decoded[0]
-            ids += decoded[1]
+            new_texts, new_ids = common.decode(tokenizer, *completions[:2])
+            texts += new_texts
+            ids += new_ids
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
     first, *_ = components.values()

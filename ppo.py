@@ -7,7 +7,7 @@ With r_t = pi / pi_old and N tokens in the minibatch, the policy and the value m
 
 where advantages come from generalised advantage estimation over a completion's tokens,
 
-    A_t = delta_t + gamma lambda A_t+1,  delta_t = reward_t + gamma V_t+1 - V_t,  R_t = A_t + V_t,
+    A_t = delta_t + gamma lambda A_t+1,  delta_t = reward_t + gamma V_old_t+1 - V_old_t,  R_t = A_t + V_old_t,
 
 and are then whitened over all tokens of the rollout. A token's reward is -beta (log pi - log pi_ref), plus the score on
 a completion's last token, whether that is a stop token or not; after it V is 0.
@@ -70,15 +70,15 @@ class Args:
     value_learning_rate: float = 1e-3  # peak learning rate of the value model's AdamW
     gamma: float = 1.0  # discount
     gae_lambda: float = 0.95  # 1 is the whole return minus the value, 0 is one step of temporal difference
-    target_kl: float | None = None  # ends the updates on a rollout at this KL per token from the policy that sampled it
+    target_kl: float | None = None  # a pass that ends at more KL per token, in its last minibatch, is the last one
 
 
 @torch.no_grad()
 def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_prompt=1, temperature=0.0):
     """Sample from the plain softmax at the temperature (0: greedy), for left-padded prompts [N, P], until a stop token.
 
-    Returns completion_ids, completion_mask (1.0 up to and including the first stop token), the log-probs of the tokens,
-    all [B, T], B = N * samples_per_prompt, a prompt's adjacent, and truncated [B]: whether one has no stop token.
+    Returns completion_ids, completion_mask (1.0 up to and including the first stop token) and log-probs, all [B, T],
+    B = N * samples_per_prompt, the samples of a prompt adjacent; and truncated [B], where there is no stop token.
     """
     stop_ids = torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
     prompt_of = torch.arange(len(prompt_ids), device=prompt_ids.device).repeat_interleave(samples_per_prompt)  # [B]
@@ -87,19 +87,19 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
     logprobs = torch.zeros_like(completion_mask)
     truncated = torch.ones_like(alive, dtype=torch.bool)
-    token, mask, cache = prompt_ids, prompt_mask, None
+    token, mask, cache = prompt_ids, prompt_mask, None  # token: what the next pass reads, first the whole prompts
     for t in range(max_new_tokens):
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        log_softmax = (output.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [N, V], then [b, V]
+        log_softmax = (output.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [N, V], then [alive, V]
         if t == 0:  # each prompt was read once; its samples go on from copies of its cache
             cache, log_softmax, mask = output.past_key_values, log_softmax[prompt_of], mask[prompt_of]
             cache.reorder_cache(prompt_of)  # every kind of cache has this
         if temperature > 0:  # by one random number a row; torch.multinomial draws V of them, which takes longer
             cdf = log_softmax.exp().cumsum(-1, dtype=torch.float32 if mask.device.type == "mps" else torch.float64)
             token = torch.searchsorted(cdf, torch.rand_like(cdf[:, -1:]) * cdf[:, -1:], right=True)  # [b, 1]
-            token = token.clamp(max=cdf.shape[1] - 1)
+            token = token.clamp(max=cdf.shape[1] - 1)  # where rounding drew the total itself
         else:
             token = log_softmax.argmax(-1, keepdim=True)
         completion_ids[alive, t] = token[:, 0]
@@ -117,10 +117,10 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
 
 
 def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask):
-    """States [b, longest, H], without the head, from which each token of the completions is chosen. A prompt's G
-    completions share one pass over it, by copies of its KV cache, through which gradients flow back."""
+    """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
+    head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # nobody reads the last token; but one at least: FSDP needs equal passes everywhere
+    read = max(1, longest - 1)  # no token follows the last; at least one, so that every process runs this pass (FSDP)
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -180,7 +180,7 @@ class ValueModel(torch.nn.Module):
     def forward(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
         """Values [b, T] of the states that the tokens are sampled in; 0 beyond the longest completion."""
         hidden = hidden_states(self, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
-        values = self.head(hidden)[..., 0].float()
+        values = (hidden.float() * self.head.weight[0]).sum(-1) + self.head.bias  # autocast would make them bfloat16
         return torch.nn.functional.pad(values, (0, completion_mask.shape[1] - values.shape[1]))
 
 
@@ -227,9 +227,9 @@ def evaluate(run, step, model, tokenizer, rows, score, args):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            decoded = common.decode(tokenizer, *completions[:2])
-            texts += decoded[0]
-            ids += decoded[1]
+            new_texts, new_ids = common.decode(tokenizer, *completions[:2])
+            texts += new_texts
+            ids += new_ids
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
     first, *_ = components.values()
@@ -245,7 +245,7 @@ def main(args: Args) -> dict[str, float]:
     model, tokenizer = common.load_model(args.model, common.pick_device(args), args)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     ref_model = common.load_reference(args, model) if args.beta else None
-    value_model = ValueModel(common.load_model(args.model, common.pick_device(args), args, whole=True)[0])
+    value_model = ValueModel(common.load_model(args.model, torch.device("cpu"), args, whole=True)[0])
     value_model = common.shard(value_model, model.device)  # only now, with its head
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     value_optimizer = torch.optim.AdamW(value_model.parameters(), weight_decay=0.0, fused=True)  # each step sets lr
@@ -262,7 +262,7 @@ def main(args: Args) -> dict[str, float]:
             completion_ids, completion_mask, sampled_logprobs, truncated = rollout(  # [B, T], truncated [B]
                 model, *prompts, max_new_tokens=args.max_new_tokens, samples_per_prompt=G, temperature=args.temperature
             )
-        lengths = completion_mask.sum(1)  # [B]
+        lengths = completion_mask.sum(1)  # [B], before what nothing could score is masked
         run.lap("rollout")
 
         # 2. score
@@ -295,7 +295,7 @@ def main(args: Args) -> dict[str, float]:
         for epoch in range(1, args.num_epochs + 1):  # noqa: B007
             for minibatch in torch.randperm(len(rows)).chunk(args.num_minibatches):
                 tokens = common.total(completion_mask.view(len(rows), G, -1)[minibatch].sum()).clamp(min=1)
-                kl = 0.0  # k3 of KL(pi_old || pi)
+                kl = 0.0  # r - 1 - log r estimates KL(pi_old || pi)
                 for micro, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
                     mask, old, advantage = completion_mask[micro], old_logprobs[micro], advantages[micro]  # [b, T]
                     with common.autocast(args):
@@ -304,8 +304,8 @@ def main(args: Args) -> dict[str, float]:
                     loss.backward()
                     with common.autocast(args):  # after the policy's backward pass: activations of one model at a time
                         values = value_model(*inputs)  # [b, T]
-                    given = old_values[micro], returns[micro], mask  # [b, T]
-                    loss_v = value_loss(values, *given, value_clip_range=args.value_clip_range, normalizer=tokens)
+                    targets = old_values[micro], returns[micro], mask  # [b, T]
+                    loss_v = value_loss(values, *targets, value_clip_range=args.value_clip_range, normalizer=tokens)
                     loss_v.backward()
                     ratio = (logprobs.detach() - old).clamp(-20, 20).exp()
                     clipped = (ratio < 1 - args.clip_range) | (ratio > 1 + args.clip_range)
@@ -317,9 +317,9 @@ def main(args: Args) -> dict[str, float]:
                 clip = partial(torch.nn.utils.clip_grad_norm_, max_norm=args.max_grad_norm, error_if_nonfinite=True)
                 clip(value_model.parameters())
                 stats["grad_norm"] += float(clip(model.parameters()))
-                for each in (optimizer, value_optimizer):
-                    each.step()
-                    each.zero_grad()
+                for one in (optimizer, value_optimizer):
+                    one.step()
+                    one.zero_grad()
             if args.target_kl and common.total(kl) > args.target_kl:  # of the epoch's last minibatch
                 break
         stats = {name: value / (epoch * args.num_minibatches) for name, value in stats.items()}

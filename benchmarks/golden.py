@@ -221,7 +221,7 @@ def lines_of(source, first, last):
 
 
 def ppo():
-    """Advantages, returns and losses of 6 completions [6, 5], of which the first and the last are cut off."""
+    """Advantages, returns and losses of 6 completions [6, 5], of which the first and the last fill all 5 places."""
     from trl.experimental.ppo import ppo_trainer
 
     source = inspect.getsource(ppo_trainer.PPOTrainer.train)

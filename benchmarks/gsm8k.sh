@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# A small chat model on GSM8K: sft.py on the train split, then the others from its model, dpo.py on pairs of its own samples.
-# Exact match on the test split before and after is each run's closing line; data, runs, curves and a table are in OUT.
+# A small chat model on GSM8K: sft.py on the train split, then the others from its model, dpo.py on pairs of its own
+# samples. Exact match on the test split before and after is each run's closing line; data, runs, curves and a table are
+# in OUT.
 #
 #   bash benchmarks/gsm8k.sh MODEL TRAIN.jsonl TEST.jsonl OUT
 #
 # MODEL: HuggingFaceTB/SmolLM2-135M-Instruct or another with a chat template; TRAIN and TEST: GSM8K's own files.
-# Sizes are for one GPU of 80 GB. QUICK=1 makes a few small steps, to see that everything runs, on a CPU too; its pairs are
-# of a shorter and a longer completion, as none is right yet.
-# LAUNCH="torchrun --nproc-per-node 8" uses eight GPUs. A run that is there is not made again, and one that was cut off goes
-# on. The curves need matplotlib.
+# Sizes are for one GPU of 80 GB. QUICK=1 makes a few small steps, to see that everything runs, on a CPU too; its pairs
+# are of a shorter and a longer completion, as none is right yet.
+# LAUNCH="torchrun --nproc-per-node 8" uses eight GPUs. A run that is there is not made again, and one that was cut off
+# goes on. The curves need matplotlib.
 set -euo pipefail
 model=$1 out=$4 train=$4/train.jsonl test=$4/test.jsonl
 here=$(cd "$(dirname "$0")/.." && pwd)

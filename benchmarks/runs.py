@@ -1,4 +1,4 @@
-"""A table of runs: accuracy before and after, seconds, on CUDA the peak of the GPU's memory.
+"""A table of runs: accuracy before and after, seconds, peak memory of the GPU (0 on a CPU).
 
 python benchmarks/runs.py runs/sft-... runs/ppo-...
 """

@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def random_model(kind: str, vocab_size: int = 300, stop_ids=(0,), shares_prompts: bool = True, **settings):
+def random_model(kind: str, vocab_size: int = 300, stop_ids=(0,), **settings):
     """A small model with random weights, sharp enough that its probabilities differ, as load_model leaves one."""
     torch.manual_seed(0)
     sizes = {"vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
@@ -30,8 +30,7 @@ def random_model(kind: str, vocab_size: int = 300, stop_ids=(0,), shares_prompts
         for parameter in model.parameters():
             parameter.mul_(4.0)
     model.generation_config.eos_token_id = list(stop_ids)
-    model.trunk = MethodType(lambda model, **inputs: model.base_model(**inputs), model)
-    model.shares_prompts = shares_prompts
+    model.trunk, model.shares_prompts = MethodType(lambda model, **x: model.base_model(**x), model), True
     return model
 
 

@@ -285,8 +285,8 @@ test_update.py::test_ppo
 
 D5: V_t is of the state in which token t is sampled.
 ppo.py
--self.head(hidden)[..., 0]
-+self.head(hidden.roll(-1, 1))[..., 0]
+-(hidden.float() * self.head.weight[0])
++(hidden.roll(-1, 1).float() * self.head.weight[0])
 test_update.py::test_ppo
 
 D6: The value head starts at 0. (trlx#203, trl#1063)
@@ -304,8 +304,8 @@ test_update.py::test_ppo
 
 D8: The value is clipped around that of the rollout. (trl#202)
 ppo.py
--given = old_values[micro], returns
-+given = values.detach(), returns
+-targets = old_values[micro], returns
++targets = values.detach(), returns
 test_update.py::test_ppo
 
 D10: The Fisher matrix is that of the whole vocabulary. (arXiv 1502.05477)
@@ -382,8 +382,8 @@ test_grape.py::test_critic_is_read_by_its_yes_and_no
 
 R1: A resumed run has its optimizer's state. (trl#2657, OpenRLHF#1103)
 common.py
--if moments := state["parts"][name]["moments"]:
-+if moments := None:
+-used = [optimizer] if moments else []
++used, moments = [], {}
 test_runs.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[grpo]
 
 R2: A kill during a save leaves the last good checkpoint.
@@ -417,8 +417,8 @@ test_distributed.py::test_two_processes_update_as_one_does[sft]
 
 P2: Each process has its own share of the prompts.
 common.py
--return rows[len(rows) * RANK // WORLD_SIZE : len(rows) * (RANK + 1) // WORLD_SIZE]
-+return rows[: len(rows) // WORLD_SIZE]
+-args.prompts_per_step + RANK * count
++args.prompts_per_step
 test_distributed.py::test_two_processes_update_as_one_does[reinforce]
 
 P3: TRPO's replicas take one step: the Fisher matrix is of all processes' tokens.
@@ -471,8 +471,8 @@ test_distributed.py::test_two_processes_update_as_one_does[reinforce]
 
 L1: The reference is the model without its adapters. (trl#1500)
 common.py
--layer._disable_adapters = True
-+layer._disable_adapters = False
+-rescale_adapter_scale(self.model, 0.0)
++rescale_adapter_scale(self.model, 1.0)
 test_adapters.py::test_the_reference_is_the_start_though_the_adapters_were_trained[grpo]
 
 L2: A checkpoint holds no frozen weights.
@@ -489,8 +489,8 @@ test_adapters.py::test_gradient_checkpointing_changes_no_figure[grpo-0]
 
 U1: A reward changes nobody's data, not even that of a second sample of the prompt. (verl#1293, its_hub#21)
 common.py
--[copy.deepcopy(value) for value in values]
-+copy.deepcopy(values)
+-[copy.deepcopy(row | {"completion_ids": own}) for
++[row | {"completion_ids": own} for
 test_rewards.py::test_a_reward_changes_nobodys_data
 
 U2: No wrong answer scores 1: not one of several numbers. (verl#7274, evalscope#903, trl#4563)
@@ -501,7 +501,7 @@ test_rewards.py::test_exact_answer
 
 U3: A template that leaves out what a turn says is refused. (prime-rl#1334, trl#6472, DeepSeek-R1#633)
 common.py
--if words not in (written if anywhere else rest):
+-if words not in (written if moves else rest):
 +if False:
 test_cases.py::test_a_turn_that_the_template_leaves_out_is_refused
 
@@ -513,8 +513,8 @@ test_data.py::test_targets_are_what_a_rollout_could_sample
 
 U5: Weights that the checkpoint lacks are refused: they would start at random. (heretic#31)
 common.py
--if report["missing_keys"] or
-+if
+-if (missing := sorted(report["missing_keys"])) or
++if (missing := []) or
 test_errors.py::test_a_model_that_is_not_what_it_seems
 
 U6: Runs of one second have folders of their own. (pangaea-bench#104)

@@ -1,6 +1,7 @@
 """What users bring as data, tokenizers and models works as they mean it."""
 
 import json
+from types import SimpleNamespace
 
 import common
 import dpo
@@ -54,11 +55,9 @@ def chat(tokenizer):
 
 def said(tokenizer, row):
     """What sft.py would train of a row: each prompt and its target, as texts."""
-    pairs = []
-    for part, answer in sft.assistant_turns(sft.to_demonstration(row)):
-        prompt = common.prompt_tokens(tokenizer, part)
-        pairs.append((prompt, common.completion_tokens(tokenizer, part, answer, [0])))
-    return [tuple(map(tokenizer.decode, pair)) for pair in pairs]
+    model = SimpleNamespace(context_length=1000, generation_config=SimpleNamespace(eos_token_id=[0]))
+    examples = sft.tokenize(model, tokenizer, [sft.to_demonstration(row)], sft.Args())
+    return [tuple(map(tokenizer.decode, example)) for example in examples]
 
 
 A, B = [turn("assistant", "A")], [turn("assistant", "B")]
@@ -84,8 +83,7 @@ def test_every_turn_of_the_assistant_is_learned_and_no_other(chat):
     ("row", "message"),
     [
         ({"messages": [turn("user", "a")]}, '"completion" is missing or empty'),
-        ({"prompt": "a", "completion": [turn("user", "a"), *A]}, "user, assistant: two answers, or none"),
-        ({"messages": [turn("user", "a"), *A, *B]}, "assistant, assistant: two answers"),
+        ({"messages": [turn("user", "a"), *A, *B]}, "two answers of the assistant in turn"),
         ({"prompt": "a", "completion": [turn("assistant", "", tool_calls=[])]}, "not a message with role and content"),
         ({"prompt": "a", "completion": [turn("assistant", "")]}, "not a message with role and content"),
         ({"text": "a b"}, '"prompt" is missing or empty'),
@@ -174,7 +172,7 @@ def test_an_answer_that_the_template_rewrites_is_refused(chat):
 
 
 def test_bos_comes_once(tokenizer):
-    """Where the tokenizer adds it, where the chat template writes it, and where the text has it; never in a completion."""
+    """Whether the tokenizer adds it, the chat template writes it or the text has it; a completion has none."""
     bos, ask = END, {"prompt": [turn("user", "hi")]}
     tokenizer.bos_token = bos
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
@@ -236,7 +234,10 @@ def test_files_of_other_systems(tmp_path):
 def test_tables_through_datasets(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    tools = [{"function": {"name": "add", "parameters": {"a": 1}}}, {"function": {"name": "now", "description": "time"}}]
+    tools = [
+        {"function": {"name": "add", "parameters": {"a": 1}}},
+        {"function": {"name": "now", "description": "time"}},
+    ]
     call = turn("assistant", None, tool_calls=[{"id": "x"}])
     rows = [
         {"prompt": [turn("user", "a")], "tools": tools, "answer": 1},

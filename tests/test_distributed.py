@@ -71,10 +71,8 @@ def assert_same(folder, other, tolerance=1e-9):
         assert row == pytest.approx(expected, rel=1e-6, abs=1e-9, nan_ok=True), folder.name
 
 
-RUBRICS = {
-    "one": [{"name": "judge", "weight": 1.0, "verifier": "mine.py:judge"}],
-    "two": [{"name": "doubt", "weight": 2.0, "verifier": "mine.py:doubt"}],
-}
+RUBRICS = {"one": [{"name": "judge", "weight": 1.0, "verifier": "mine.py:judge"}], "two": []}
+RUBRICS["two"] += [{"name": "doubt", "weight": 2.0, "verifier": "mine.py:doubt"}]
 RUBRICS["two"] += [{"name": "asked", "weight": 1.0, "question": "Is it right?"}]
 # Of each script an update or several of the whole batch: orders of minibatches differ from process to process.
 JOBS = {
@@ -109,9 +107,7 @@ def place(tmp_path_factory):
     tokenizer = common.load_model("models/arithmetic", torch.device("cpu"))[1]
     tokenizer.chat_template = CHAT_TEMPLATE
     critic, stop_ids = random_model("llama", max_position_embeddings=512), (0, *range(10, 60))
-    opt = random_model(
-        "opt", stop_ids=stop_ids, word_embed_proj_dim=16, ffn_dim=64
-    )  # with linear layers outside blocks
+    opt = random_model("opt", stop_ids=stop_ids, word_embed_proj_dim=16)  # which has linear layers outside its blocks
     for name, model in (("model", random_model("gpt2", stop_ids=stop_ids)), ("critic", critic), ("opt", opt)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -179,7 +175,7 @@ def stopped(place):
             killed = job(place, name, place / "killed" / str(processes) / name, **RESUMED, **jobs[name])
             torchrun, start = (processes, name) == (2, "ppo"), time.monotonic()
             done = work(place, [killed | {"die": [processes - 1, 4]}], processes, torchrun, ends=False)
-            assert time.monotonic() - start < 60 and (not torchrun or "Signal 9 (SIGKILL)" in done.stderr)
+            assert time.monotonic() - start < 90 and (not torchrun or "Signal 9 (SIGKILL)" in done.stderr)
     random["args"]["output_dir"] = str(place / "killed" / "random")
     work(place, [random | {"die": [1, 4]}], 2, ends=False)
     return place
@@ -203,7 +199,7 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_others(stopped, before, 
 
 def test_each_process_goes_on_with_its_own_random_numbers(stopped):
     """With minibatches and samples by chance, as they are: to the last bit."""
-    resumed = {"args": {"resume": str(stopped / "killed" / "random")}, "own_rollout": True}
+    resumed = {"script": "grpo", "args": {"resume": str(stopped / "killed" / "random")}, "own_rollout": True}
     work(stopped, [resumed], 2)
     assert_same(stopped / "killed" / "random", stopped / "whole" / "random", 0.0)
 
@@ -212,12 +208,9 @@ def test_the_readmes_command_writes_and_says_everything_once(tmp_path):
     """A whole script, as a user starts it, in which each process draws random numbers of its own."""
     (tmp_path / "spy.py").write_text(
         "import os, pathlib, torch\n"
-        "calls = []\n"
         "def drawn(completions, **columns):\n"
-        "    calls.append(1)\n"
-        "    file = pathlib.Path(__file__).parent / os.environ['RANK']\n"
-        "    if len(calls) == 2:  # after the evaluation the first step, for which each process has a seed of its own\n"
-        "        file.write_text(str(torch.initial_seed()))\n"
+        "    if len(completions) > 21:  # in a step, for which each process has a seed of its own\n"
+        "        pathlib.Path(__file__).with_name(os.environ['RANK']).write_text(str(torch.initial_seed()))\n"
         "    return [float(completion.strip().isdigit()) for completion in completions]\n"
     )
     flags = ["--num-steps", 3, "--eval-prompts", 41, "--eval-every", 3, "--reward", f"{tmp_path}/spy.py:drawn"]
@@ -236,15 +229,13 @@ def test_the_readmes_command_writes_and_says_everything_once(tmp_path):
 def test_a_mistake_on_one_process_ends_all(tmp_path):
     (tmp_path / "bad.py").write_text(
         "import os\n"
-        "calls = []\n"
-        "def bad(prompts, **columns):\n"
-        "    calls.append(1)\n"
-        "    assert os.environ['RANK'] == '0' or len(calls) < 3, 'the dog ate it'\n"
-        "    return [float(len(calls)) for _ in prompts]\n"
+        "def bad(completions, **columns):\n"
+        "    assert os.environ['RANK'] == '0' or len(completions) < 5, 'the dog ate it'  # in a step\n"
+        "    return [1.0] * len(completions)\n"
     )
     start, flags = time.monotonic(), ["--data", FEW, "--eval-prompts", 8, "--num-steps", 9]
     done = launch("reinforce.py", "--output-dir", tmp_path / "run", *flags, "--reward", f"{tmp_path}/bad.py:bad")
-    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert done.returncode != 0 and time.monotonic() - start < 90
     assert "AssertionError: the dog ate it" in done.stderr
     assert not (tmp_path / "run" / "model").exists()
 
@@ -252,12 +243,10 @@ def test_a_mistake_on_one_process_ends_all(tmp_path):
 def test_ctrl_c_on_one_process_saves_on_all(tmp_path):
     """Torchrun passes the signal on, to each process at another moment: they agree on the step to stop after."""
     flags = ["--data", FEW, "--eval-prompts", "8", "--num-steps", "2000", "--output-dir", str(tmp_path / "run")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*TORCHRUN, "sft.py", *flags], **pipes, cwd=REPO, env=ENVIRONMENT) as process:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        for _ in range(600):
-            if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
-                break
+    command, metrics = [*TORCHRUN, "sft.py", *flags], tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPO, env=ENVIRONMENT) as process:
+        while not metrics.exists() or metrics.read_text().count("\n") < 4:
+            assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -269,6 +258,7 @@ def test_ctrl_c_on_one_process_saves_on_all(tmp_path):
 
 def test_a_signal_that_both_torchrun_and_a_scheduler_send_does_not_end_at_once(tmp_path, monkeypatch):
     run = common.Run(grpo.Args(output_dir=str(tmp_path)))
+    run.start()
     steps = run.steps()
     next(steps)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -279,9 +269,3 @@ def test_a_signal_that_both_torchrun_and_a_scheduler_send_does_not_end_at_once(t
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
     steps.close()
-
-
-def test_prompts_that_do_not_divide_among_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(common, "WORLD_SIZE", 3)
-    with pytest.raises(SystemExit, match="--prompts-per-step: must divide among the processes"):
-        common.check_args(grpo.Args())

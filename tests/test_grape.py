@@ -1,6 +1,7 @@
 """GRAPE's rubrics: the invariants that its definition asks for, and a critic whose probabilities are known."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import common
@@ -10,6 +11,7 @@ import grpo
 import pytest
 import torch
 from conftest import random_model
+from safetensors.torch import load_file
 
 NAN = float("nan")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -64,39 +66,35 @@ def test_invariants():
     torch.testing.assert_close(rewards(confidences=unsure), rewards())
 
 
-ENDLESS = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=None))  # a critic's context
-
-
 class FakeCritic:
     """A language model that answers yes to all that mentions 42, no to the rest, and nothing to what mentions tea."""
 
-    device = torch.device("cpu")
-    config = ENDLESS
+    device, context_length = torch.device("cpu"), math.inf
+    config = SimpleNamespace(get_text_config=SimpleNamespace)
 
     def __init__(self, tokenizer, p_yes=0.6, p_no=0.2):
         self.tokenizer, self.p_yes, self.p_no, self.batches = tokenizer, p_yes, p_no, []
 
-    def __call__(self, input_ids, attention_mask, position_ids, logits_to_keep):
-        assert logits_to_keep == 1 and (position_ids[:, -1] + 1 == attention_mask.sum(1)).all()
+    def trunk(self, input_ids, attention_mask, position_ids, use_cache):
+        assert (position_ids[:, -1] + 1 == attention_mask.sum(1)).all()
         texts = [self.tokenizer.decode(row[keep]) for row, keep in zip(input_ids, attention_mask > 0)]
         self.batches.append(texts)
         probabilities = torch.full((len(texts), 1, 257), 1e-9)
-        y, n, other = (
-            self.tokenizer(token).input_ids[0] for token in "YN "
-        )  # " yes" and " no" both begin with a space
+        y, n, other = (self.tokenizer(x).input_ids[0] for x in "YN ")  # " yes" and " no" both begin with a space
         for i, text in enumerate(texts):
             yes, no = (self.p_yes, self.p_no) if "42" in text else (self.p_no, self.p_yes)
             probabilities[i, 0, y], probabilities[i, 0, n] = (1e-4, 1e-4) if "tea" in text else (yes, no)
             probabilities[i, 0, other] = 1 - probabilities[i, 0, [y, n]].sum()
-        return SimpleNamespace(logits=probabilities.log())
+        return SimpleNamespace(last_hidden_state=probabilities.log())
+
+    def get_output_embeddings(self):
+        return torch.nn.Identity()
 
 
 def test_critic_is_read_by_its_yes_and_no(tokenizer):
     critic = FakeCritic(tokenizer)
-    rows = [
-        {"prompt": "What is 6 * 7?"},
-        {"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1?"}]},
-    ]
+    turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1?"}]
+    rows = [{"prompt": "What is 6 * 7?"}, {"prompt": turns}]
     rows = [rows[0], rows[1], rows[0], rows[0], rows[1]]
     texts = ["42", "a long and winding {answer}", "tea", "42", "42"]
     scores, confidences = grape.ask_critic(critic, tokenizer, "Is it right?", rows, texts, batch_size=2)
@@ -109,34 +107,25 @@ def test_critic_is_read_by_its_yes_and_no(tokenizer):
     assert all(part in critic.batches[0][1] for part in ("Add.", "1 + 1?", "{answer}"))
 
 
-def test_critic_prompts_do_not_depend_on_the_batch(tokenizer):
-    model = random_model("gpt2", vocab_size=257)  # absolute positions, so padding would show
-    rows = [{"prompt": "q" * n} for n in (1, 9, 4)]
-    texts = ["a", "b" * 6, "c"]
-    together = grape.ask_critic(ShortPrompts(model), tokenizer, "ok?", rows, texts, batch_size=3)
-    alone = grape.ask_critic(ShortPrompts(model), tokenizer, "ok?", rows, texts, batch_size=1)
+def test_a_chat_critic_is_asked_by_a_message_of_its_own(tokenizer):
+    """By the row's settings of the template, whatever the prompt was."""
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}|{{ mood }}]{{ m['content'] }}{% endfor %}[end]"
+    rows = [{"prompt": "6 * 7?", "chat_template_kwargs": {"mood": mood}} for mood in ("calm", "brisk", "calm")]
+    critic = FakeCritic(tokenizer)
+    grape.ask_critic(critic, tokenizer, "Right?", rows, ["42"] * 3, batch_size=4)
+    question = grape.CRITIC_PROMPT.format(prompt="6 * 7?", completion="42", question="Right?")
+    assert critic.batches == [[f"[user|{mood}]{question}[end]" for mood in ("calm", "brisk")]]
+
+
+def test_critic_prompts_do_not_depend_on_the_batch_and_one_too_long_gets_no_score(tokenizer):
+    model = random_model("gpt2", vocab_size=257, max_position_embeddings=128)  # absolute: padding would show
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)  # flat enough for yes and no to have 1 %
+    model.context_length = 128
+    rows, texts = [{"prompt": "q" * n} for n in (1, 9, 4, 99)], ["a", "b" * 6, "c", "d"]
+    together = grape.ask_critic(model, tokenizer, "ok?", rows, texts, batch_size=4)
+    alone = grape.ask_critic(model, tokenizer, "ok?", rows, texts, batch_size=1)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3, equal_nan=True)
-
-
-def test_a_question_longer_than_the_critics_context_is_one_line(tokenizer):
-    model = random_model("gpt2", vocab_size=257)  # 64 positions
-    with pytest.raises(SystemExit, match=r"--critic-model: a question of \d+ tokens is longer than its context of 64"):
-        grape.ask_critic(model, tokenizer, "ok?", [{"prompt": "q" * 80}], ["a"], batch_size=1)
-
-
-class ShortPrompts:
-    """A model of 64 positions, given the last 60 tokens of each prompt."""
-
-    config = ENDLESS
-
-    def __init__(self, model):
-        self.model, self.device = model, model.device
-
-    def __call__(self, input_ids, attention_mask, position_ids, **settings):
-        mask = attention_mask[:, -60:]
-        return self.model(
-            input_ids[:, -60:], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **settings
-        )
+    assert together.isnan().tolist() == [[False, False, False, True]] * 2
 
 
 def write_rubric(folder, name, items, category="c"):
@@ -163,7 +152,7 @@ def test_verifiers_get_columns_and_may_return_pairs_or_none(tmp_path):
     rewards, scores, confidences = grape.score_rubrics(rubrics, ask, rows, ["", "", ""], **scope)
     torch.testing.assert_close(scores["colour"], torch.tensor([0.5, NAN, 1.0]), equal_nan=True)
     torch.testing.assert_close(scores["asked"], torch.tensor([0.1, 0.2, 0.3]))
-    torch.testing.assert_close(confidences["colour"], torch.tensor([0.25, 1.0, 1.0]))
+    torch.testing.assert_close(confidences["colour"], torch.tensor([0.25, NAN, 1.0]), equal_nan=True)
     torch.testing.assert_close(rewards, torch.tensor([(2 * 0.5 + 0.1) / 3, 0.2, (2 * 1.0 + 0.3) / 3]))
 
 
@@ -179,9 +168,8 @@ def test_each_category_has_its_rubric(tmp_path):
     rubrics = grape.load_rubrics(paths)
     rows = [{"prompt": "p", "category": c} for c in "bbaabb"]
     texts = ["x" * n for n in range(6)]
-    got, components, confidences = grape.score_rubrics(
-        rubrics, None, rows, texts, samples_per_prompt=2, confidence_scope="batch"
-    )
+    scope = {"samples_per_prompt": 2, "confidence_scope": "batch"}
+    got, components, confidences = grape.score_rubrics(rubrics, None, rows, texts, **scope)
     torch.testing.assert_close(got, torch.tensor([0.0, 0.1, 1.0, 1.0, 0.4, 0.5]))
     assert components["one"].isnan().tolist() == [True, True, False, False, True, True]
     assert confidences["length"].nan_to_num(-1).tolist() == [1, 1, -1, -1, 1, 1]
@@ -196,18 +184,15 @@ def test_one_item_of_confidence_1_is_grpo_to_the_last_bit(tmp_path):
     settings = {"num_steps": 4, "prompts_per_step": 4, "eval_prompts": 8, "num_epochs": 2, "num_minibatches": 2}
     grpo.main(grpo.Args(**settings, output_dir=str(tmp_path / "grpo")))
     grape.main(grape.Args(**settings, rubric=(path,), output_dir=str(tmp_path / "grape")))
-    weights = [
-        common.load_model(str(tmp_path / n / "model"), torch.device("cpu"))[0].state_dict() for n in ("grpo", "grape")
-    ]
-    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    first, second = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("grpo", "grape"))
+    assert all((first[name] == second[name]).all() for name in first)
 
 
 def test_questions_go_to_the_starting_model_or_to_the_critic(tmp_path, tokenizer, monkeypatch):
     critic_folder = str(tmp_path / "critic")
-    model = random_model("qwen2", vocab_size=257)
+    model = random_model("qwen2", vocab_size=257, max_position_embeddings=128)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.1)  # nearly uniform, so yes and no get more than 1 %
-    model.config.max_position_embeddings = 128
     model.save_pretrained(critic_folder)
     tokenizer.save_pretrained(critic_folder)
     items = [{"name": "right", "weight": 1, "verifier": "exact_answer"}]
@@ -228,36 +213,25 @@ def test_questions_go_to_the_starting_model_or_to_the_critic(tmp_path, tokenizer
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("items", "message"),
     [
-        ("nonsense", "Expecting value"),
-        ('{"category": "a"}', "items"),
-        ('{"category": "a", "items": []}', "no items"),
-        ('{"category": "a", "items": [{"name": "x", "weight": 1}]}', "needs"),
-        ('{"category": "a", "items": [{"name": "x", "weight": 0, "question": "?"}]}', "needs"),
-        ('{"category": "a", "items": [{"name": "x", "weight": 1, "question": "?", "verifier": "format"}]}', "needs"),
-        ('{"category": "a", "items": [{"name": "x", "weight": 1, "verifier": "nothing"}]}', "verifier nothing"),
+        ([], "no items"),
+        ([{"name": "x", "weight": 1}], "needs"),
+        ([{"name": "x", "weight": 0, "question": "?"}], "needs"),
+        ([{"name": "x", "weight": 1, "question": "?", "verifier": "exact_answer"}], "needs"),
+        ([{"name": "x", "weight": 1, "question": "?"}] * 2, "two of one name"),
     ],
 )
-def test_a_bad_rubric_is_one_line(tmp_path, text, message):
-    (tmp_path / "r.json").write_text(text)
+def test_a_rubric_that_would_mislead_is_refused(tmp_path, items, message):
     with pytest.raises(SystemExit, match=message):
-        grape.load_rubrics((str(tmp_path / "r.json"),))
-    with pytest.raises(SystemExit, match=r"missing\.json"):
-        grape.load_rubrics((str(tmp_path / "missing.json"),))
-
-
-def test_names_that_come_twice_are_refused(tmp_path):
-    item = {"name": "x", "weight": 1, "verifier": "format"}
-    with pytest.raises(SystemExit, match="second"):
-        grape.load_rubrics((write_rubric(tmp_path, "twice", [item, item]),))
-    path = write_rubric(tmp_path, "once", [item])
+        grape.load_rubrics((write_rubric(tmp_path, "r", items),))
+    path = write_rubric(tmp_path, "once", [{"name": "x", "weight": 1, "question": "?"}])
     with pytest.raises(SystemExit, match="second"):
         grape.load_rubrics((path, path))
 
 
-@pytest.mark.parametrize("value", ["(0.5, 1.5)", "(0.5, -0.1)", "(0.5, 0.5, 0.5)", "()"])
-def test_a_verifier_that_returns_nonsense_is_one_line(tmp_path, value):
+@pytest.mark.parametrize("value", ["(0.5, 1.5)", "(0.5, -0.1)", "(float('inf'), 0.5)", "float('nan')"])
+def test_a_verifier_that_returns_nonsense_is_refused(tmp_path, value):
     (tmp_path / "v.py").write_text(f"def v(prompts, completions, **columns):\n    return [{value}]\n")
     function = common.load_function("v.py:v", folder=tmp_path)
     with pytest.raises(SystemExit, match="verifier v: returned"):

@@ -72,6 +72,12 @@ def test_a_row_against_trl_by_hand():
     )
 
 
+def test_pages_have_their_lines():
+    lines = {"README": 150, "CONTRIBUTING": 70, "docs/speed": 90, "docs/scaling": 120, "docs/correctness": 150}
+    for page, most in lines.items():
+        assert len((REPO / f"{page}.md").read_text().splitlines()) <= most, page
+
+
 def test_gsm8ks_rows_become_messages_and_the_reward_reads_them():
     page = (REPO / "README.md").read_text()
     (code,) = re.findall(r'^python -c "\n(.*?)" <', page, re.MULTILINE | re.DOTALL)

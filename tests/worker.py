@@ -21,13 +21,19 @@ import common
 import torch
 import transformers
 
-FLOAT, from_pretrained = torch.Tensor.float, transformers.AutoModelForCausalLM.from_pretrained
+FLOAT, load_model = torch.Tensor.float, common.load_model
+from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
 torch.Tensor.float = torch.Tensor.double
 torch.set_default_dtype(torch.float64)
 
 
-def load_double(*args, **kwargs):
-    return from_pretrained(*args, **kwargs | {"dtype": torch.float64})
+def read_double(*args, **settings):
+    return from_pretrained(*args, **settings | {"dtype": torch.float64})
+
+
+def load_double(*args, **settings):
+    model, tokenizer = load_model(*args, **settings)
+    return model.double(), tokenizer  # with --lora-rank its frozen weights were cast
 
 
 def in_double(rollout):
@@ -89,7 +95,8 @@ def run(script: str, args: dict, die: tuple[int, int] = (-1, -1), own_rollout: b
 
 
 if __name__ == "__main__":
-    transformers.AutoModelForCausalLM.from_pretrained, common.gathered = load_double, checked(common.gathered)
+    transformers.AutoModelForCausalLM.from_pretrained = read_double
+    common.load_model, common.gathered = load_double, checked(common.gathered)
     sleep = time.sleep
     if common.WORLD_SIZE > 1:  # one process group for all jobs, and one end
         torch.distributed.init_process_group("gloo")
