@@ -34,11 +34,17 @@ def random_model(kind: str, vocab_size: int = 300, stop_ids=(0,), **settings):
     return model
 
 
+@pytest.fixture(autouse=True)
+def float32():
+    """Each test begins with torch's own default, whatever the one before it left."""
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture
 def double(monkeypatch):
     """The scripts' own arithmetic in float64: where they ask for float32, they get float64."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    load_model = common.load_model
+    load_model, default = common.load_model, torch.get_default_dtype()
 
     def load_double(*args, **kwargs):
         model, tokenizer = load_model(*args, **kwargs)
@@ -47,7 +53,7 @@ def double(monkeypatch):
     monkeypatch.setattr(common, "load_model", load_double)
     torch.set_default_dtype(torch.float64)
     yield
-    torch.set_default_dtype(torch.float32)
+    torch.set_default_dtype(default)
 
 
 def sample_in_float32(module, monkeypatch):

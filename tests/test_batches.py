@@ -43,9 +43,10 @@ def model(request, tmp_path, tokenizer, monkeypatch, double):
     tokenizer.save_pretrained(tmp_path)
     model = common.load_model(str(tmp_path), torch.device("cpu"))[0]
     model.config._experts_implementation = "eager"  # grouped_mm knows no float64
-    for name in ("float", "float32"):  # which norms and routers ask for
-        monkeypatch.setattr(torch, name, torch.float64)
-    return model
+    with monkeypatch.context() as patch:
+        for name in ("float", "float32"):  # which norms and routers ask for
+            patch.setattr(torch, name, torch.float64)
+        yield model
 
 
 def random_batch(G, generator):
