@@ -21,6 +21,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 # Threads spin while they wait for each other, which starves them once a core has other work: docs/speed.md
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -33,6 +34,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -43,11 +45,28 @@ transformers.utils.logging.get_logger("transformers.utils.generic").setLevel("ER
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 if WORLD_SIZE > 1 and torch.cuda.is_available():  # before a reward file puts a model on the first GPU
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+if RANK > 0:  # the first process speaks for all
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients may be NaN (pytorch/pytorch#196678, huggingface/trl#7181)
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
+def keys_like_values(update):
+    """A cache layer's update. Rotary embeddings leave keys in float32 under autocast, and with them the cache: twice
+    the memory, and a cast of all of it for each token."""
+
+    def narrow(self, keys, values, *args, **settings):
+        return update(self, keys.to(values.dtype), values, *args, **settings)
+
+    return narrow
+
+
+for layer in (DynamicLayer, DynamicSlidingWindowLayer):
+    layer.update = keys_like_values(layer.update)
+
+
 def check_args(args):
-    """The flags, refused where they cannot work; with --resume those of that run."""
+    """The flags, device and dtype chosen, or refused where they cannot work; with --resume those of that run."""
     if args.resume:
         given = {name: value for name, value in vars(args).items() if value != getattr(type(args), name)}
         if fixed := given.keys() - {"resume", "output_dir", "device", "micro_batch_size", "num_steps"}:
@@ -55,31 +74,29 @@ def check_args(args):
         stored = json.loads(Path(args.resume, "args.json").read_text())
         args = replace(args, **stored | given | {"output_dir": args.resume})
     counts = "prompts_per_step samples_per_prompt micro_batch_size max_new_tokens num_epochs num_minibatches eval_every"
-    for name in [*counts.split(), "eval_prompts", "temperature", "learning_rate", "max_grad_norm"]:
-        if not getattr(args, name, 1) > 0:  # as NaN is not
-            raise SystemExit(f"--{name.replace('_', '-')}: {getattr(args, name)}, but it must be more than 0")
+    numbers = "oversample eval_prompts temperature learning_rate value_learning_rate max_grad_norm"
+    for name in [*counts.split(), *numbers.split()]:
+        if (value := getattr(args, name, None)) is not None and not value > 0:  # as NaN is not
+            raise SystemExit(f"--{name.replace('_', '-')}: {value}, but it must be more than 0")
     if args.prompts_per_step % (WORLD_SIZE * getattr(args, "num_minibatches", 1)):
         raise SystemExit("--prompts-per-step: must divide among the processes and their minibatches")
+    if args.device == "auto":
+        args = replace(args, device=str(torch.accelerator.current_accelerator(check_available=True) or "cpu"))
+    if args.dtype == "auto":
+        bfloat16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        args = replace(args, dtype="bfloat16" if bfloat16 else "float32")
     return args
-
-
-def pick_device(args) -> torch.device:
-    """The device of --device; auto is CUDA, else MPS, else the CPU."""
-    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return torch.device(auto if args.device == "auto" else args.device)
 
 
 def autocast(args) -> torch.autocast:
     """Of forward passes. Parameters stay float32: AdamW on bfloat16 ones loses RL-sized steps (NVIDIA-NeMo/RL#2322)."""
-    kind = pick_device(args).type
-    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and kind == "cuda")
-    return torch.autocast(kind, torch.bfloat16, enabled=bfloat16)
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def decay(args, step: int) -> float:
-    """The part of the learning rate that a step has: it rises to 1 in --warmup-steps, then falls linearly to 0."""
-    falling = (args.num_steps + 1 - step) / max(1, args.num_steps - args.warmup_steps)
-    return min(1.0, step / max(1, args.warmup_steps), falling)
+    """The part of the learning rate that a step has: up to 1 in --warmup-steps, then down to 0, or constant."""
+    left = (args.num_steps + 1 - step) / max(1, args.num_steps - args.warmup_steps)
+    return min(1.0, step / max(1, args.warmup_steps), left if args.lr_schedule == "linear" else 1.0)
 
 
 def total(value: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
@@ -98,12 +115,12 @@ def gather(items: list) -> list:
     return [item for items in lists for item in items]
 
 
-def shard(module, device: torch.device):
+def shard(module, device):
     """The module on the device, its parameters, gradients and optimizer state split among the processes by FSDP2.
     Embeddings and head stay whole to the end of the backward pass, so that logits can be made chunk by chunk."""
     if WORLD_SIZE > 1:
         layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        mesh = dist.init_device_mesh(device.type, (WORLD_SIZE,))
+        mesh = dist.init_device_mesh(torch.device(device).type, (WORLD_SIZE,))
         for part in [*reversed(layers), module]:  # inner ones first
             fully_shard(part, mesh=mesh, reshard_after_forward=part is not module)
             part.set_gradient_divide_factor(1.0)  # gradients are summed over the processes, not averaged
@@ -124,7 +141,7 @@ def gathered(model):
         part.reshard()
 
 
-def load_model(path: str, device: torch.device, args=None, *, whole: bool = False):
+def load_model(path: str, device, args=None, *, whole: bool = False):
     """A causal LM in float32 and its tokenizer, from a folder or a hub id; with the flags one that can be trained.
 
     It stays in eval mode: with dropout a completion's log-probs would not come out the same twice (arXiv 2403.17031).
@@ -138,10 +155,10 @@ def load_model(path: str, device: torch.device, args=None, *, whole: bool = Fals
         raise SystemExit(f"{path}: its weights are quantized, or would start at random: {missing[:3]}")
     config = model.config.get_text_config()
     config.output_router_logits = False  # they are for a loss of their own
-    rope, length = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", None)
+    model.context_length = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond it a batch's longest row changes all its rows
-        length = rope.get("original_max_position_embeddings", length)
-    model.context_length = length or math.inf
+        model.context_length = rope.get("original_max_position_embeddings", model.context_length)
     # cut off logits that no token has: training raises them until one is sampled (vllm-project/vllm#13175)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits[..., :vocab_size])
@@ -151,14 +168,24 @@ def load_model(path: str, device: torch.device, args=None, *, whole: bool = Fals
     stop_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template:
         text = render(tokenizer, {"prompt": [{"role": "user", "content": "WORDS"}]}, "WORDS")
-        ids, end = (tokenizer(x, add_special_tokens=False).input_ids for x in (text, text.rpartition("WORDS")[2]))
-        if max(ids) >= len(model.get_input_embeddings().weight):
-            raise SystemExit(f"{tokenizer.convert_ids_to_tokens(max(ids))}: not in the embedding; resize that first")
-        stop_ids |= {*[token for token in end if token in tokenizer.added_tokens_decoder][:1]}
-    if not stop_ids:
-        raise SystemExit(f"{path}: no stop token; set eos_token_id in its generation_config.json")
+        ids = tokenizer(text.rpartition("WORDS")[2], add_special_tokens=False).input_ids
+        stop_ids |= {*[token for token in ids if token in tokenizer.added_tokens_decoder][:1]}
+    if not stop_ids or max(stop_ids) >= len(model.get_input_embeddings().weight):
+        raise SystemExit(f"{path}: no stop token, or one that is not in the embedding: {sorted(stop_ids)}")
     model.generation_config.eos_token_id = sorted(stop_ids)
-    check_cache(model)
+
+    # a token that is read with the KV cache must get the logits that it gets without
+    ids, rows = torch.tensor([[0, 1, 0], [1, 0, 0]]), torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        own = logits_of(model, model.base_model(input_ids=ids).last_hidden_state[rows, -1:])
+        cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
+        cache.reorder_cache(rows)
+        inputs = {"input_ids": ids[rows, 2:], "attention_mask": torch.ones_like(ids[rows])}
+        read = model(**inputs, past_key_values=cache).logits
+    if not torch.allclose(read, own, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+        raise SystemExit(f"{path}: its KV cache, or common.logits_of, does not make the logits of its own pass")
+    # gradients may flow through a prompt's cache, but not through recurrent states
+    model.shares_prompts = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
     if args and args.lora_rank:
         import peft
@@ -167,56 +194,32 @@ def load_model(path: str, device: torch.device, args=None, *, whole: bool = Fals
         lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         lora.base_model_name_or_path = args.model
         peft.inject_adapter_in_model(lora, model)  # which freezes all else (arXiv 2106.09685)
-        with autocast(args):  # which would cast frozen weights anew in each pass
-            bfloat16 = torch.is_autocast_enabled(pick_device(args).type)
-        for layer in [module for module in model.modules() if bfloat16 and hasattr(module, "base_layer")]:
-            layer.base_layer.to(torch.bfloat16)
+        if args.dtype == "bfloat16":  # autocast would cast what is frozen anew in each pass
+            for layer in [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]:
+                layer.to(torch.bfloat16)
+            head = model.get_output_embeddings()  # a copy, as the embedding that may share its weight stays float32
+            head.weight = torch.nn.Parameter(head.weight.to(torch.bfloat16), requires_grad=False)
     if args and args.gradient_checkpointing:
         model.shares_prompts = False  # the cache would be written twice
         for layer in [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]:
-            layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     model.trunk = partial(torch.nn.Module.__call__, model.base_model)  # the pass without the head
     model = model.to(device) if whole else shard(model, device)
     register_fsdp_forward_method(model, "trunk")  # which does nothing to a model that is not sharded
     return model, tokenizer
 
 
-@torch.no_grad()
-def check_cache(model) -> None:
-    """Refuse a model in which a token that is read with the KV cache is not what it is without."""
-    ids, rows = torch.tensor([[0, 1, 0], [1, 0, 0]]), torch.tensor([1, 0, 1])
-    own = logits_of(model, model.base_model(input_ids=ids).last_hidden_state[rows, -1:])
-    try:
-        cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
-        cache.reorder_cache(rows)
-        inputs = {"input_ids": ids[rows, 2:], "attention_mask": torch.ones_like(ids[rows])}
-        logits = model(**inputs, past_key_values=cache).logits
-        torch.testing.assert_close(logits, own, atol=1e-3 * float(own.abs().max()), rtol=1e-3)
-    except (AttributeError, RuntimeError, AssertionError) as error:
-        raise SystemExit(f"{model.name_or_path}: no KV cache, or logits that common.logits_of does not make") from error
-    # gradients may flow through a prompt's cache, but not through recurrent states
-    model.shares_prompts = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-
-
-class WithoutAdapters:
-    """A model with LoRA adapters, as it was before them: a reference without a second copy."""
-
-    def __init__(self, model) -> None:
-        self.model = model
-
-    def __getattr__(self, name: str):
-        return getattr(self.model, name)
-
-    def trunk(self, **inputs):
-        from peft.helpers import rescale_adapter_scale
-
-        with rescale_adapter_scale(self.model, 0.0):  # disable_adapter() also ends their training, for good under FSDP
-            return self.model.trunk(**inputs)
-
-
 def load_reference(args, model):
-    """The model that the training starts from; with --lora-rank the trained one without its adapters."""
-    return WithoutAdapters(model) if args.lora_rank else load_model(args.model, model.device)[0]
+    """The model that the training starts from; with --lora-rank the trained one, its adapters off: no second copy."""
+    if not args.lora_rank:
+        return load_model(args.model, model.device)[0]
+    from peft.helpers import rescale_adapter_scale
+
+    shared = ("config", "device", "context_length", "shares_prompts", "get_output_embeddings", "modules")
+    reference = SimpleNamespace(**{name: getattr(model, name) for name in shared})
+    # disable_adapter() would also end their training, for good under FSDP
+    reference.trunk = rescale_adapter_scale(model, 0.0)(model.trunk)
+    return reference
 
 
 def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
@@ -230,18 +233,14 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def read_rows(source: str, columns: tuple[str, ...], prepare=None, splits=("train",)) -> list[dict]:
-    """Rows of a .jsonl, .csv or .parquet file, or of the first of the splits that a folder or hub data set has."""
+    """Rows of a .jsonl file, or of the first of the splits that a data set has, a folder or a hub id."""
     if source.endswith(".jsonl"):
         lines = filter(str.strip, Path(source).read_text("utf-8-sig").split("\n"))  # sig: Excel's mark at the start
         rows = json.loads("[" + ",\n".join(lines) + "]")  # so that an error names the line
     else:
         import datasets
 
-        file, (name, _, configuration) = Path(source), source.partition(":")
-        if file.is_file():
-            found = datasets.load_dataset(file.suffix[1:], data_files=dict.fromkeys(splits, source))
-        else:
-            found = datasets.load_dataset(name, configuration or None)
+        found = datasets.load_dataset(*source.split(":"))  # the id, a colon and its configuration
         if not (split := [split for split in splits if split in found]):
             raise SystemExit(f"--eval-data {source}: has no split {' or '.join(splits)}; name other rows")
         text = json.dumps(found[split[0]].to_list(), default=str)  # None where a row has no such key
@@ -252,9 +251,8 @@ def read_rows(source: str, columns: tuple[str, ...], prepare=None, splits=("trai
             for turn in [turn for x in turns if isinstance(x, list) for turn in x]:
                 parts = turn.get("content") or ""
                 turn["content"] = parts if isinstance(parts, str) else "".join(part["text"] for part in parts)
-                said = turn["content"] or turn.get("tool_calls") or turn.get("role") in ("system", "tool")
-                if not said or not turn.get("role"):
-                    raise ValueError(f"not a message with role and content: {turn!r:.100}")
+                if turn["role"] not in ("system", "tool") and not (parts or turn.get("tool_calls")):
+                    raise ValueError(f"a message without content: {turn!r:.100}")
             rows[number] = row = prepare(row) if prepare else row
             if empty := [column for column in columns if not row.get(column)]:
                 raise ValueError(f'"{empty[0]}" is missing or empty; it has {", ".join(row)}')
@@ -306,16 +304,15 @@ def render(tokenizer, row: dict, answer: str | list[dict] | None = None) -> str:
     turns, tools = row["prompt"], row.get("tools") or None
     if isinstance(turns, str):
         return turns + text_of(answer or "")
-    settings = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-    settings |= row.get("chat_template_kwargs") or {}
     continued = turns[-1]["role"] == "assistant"
+    settings = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
     if answer:
         turn = answer[0] if isinstance(answer, list) else {"role": "assistant", "content": answer}
         joined = turn | {"content": turns[-1]["content"] + turn["content"]}
         turns = [*turns[:-1], joined] if continued else [*turns, turn]
     else:
         settings |= {"add_generation_prompt": not continued, "continue_final_message": continued}
-    text = tokenizer.apply_chat_template(turns, tokenize=False, **settings)
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **settings | (row.get("chat_template_kwargs") or {}))
     letters = partial(re.sub, r"\\[nrtbf]|\\u[0-9a-f]{4}|\W", "")  # a template may trim words, or write them as JSON
     written = rest = letters(text)
     for turn in turns:
@@ -342,8 +339,7 @@ def completion_tokens(tokenizer, row: dict, completion: str | list[dict], stop_i
     one behind its own words, else EOS."""
     start, text = render(tokenizer, row), render(tokenizer, row, completion)
     stops = dict(zip(tokenizer.convert_ids_to_tokens(stop_ids), stop_ids))
-    answer, said = text[len(start) :], completion if isinstance(completion, str) else completion[0]["content"]
-    words = said.strip()
+    answer, words = text[len(start) :], text_of(completion).strip()
     for stop in stops if isinstance(row["prompt"], str) else ():  # a text may have its stop token already
         words = words.removesuffix(stop)
     if words not in answer or not text.startswith(start):
@@ -364,20 +360,21 @@ def check_prompts(model, tokenizer, rows: list[dict], max_new_tokens: int) -> No
     """Refuse prompts that the model cannot read, or that leave no room for a completion."""
     if tokenizer.chat_template and any(isinstance(row["prompt"], str) for row in rows):
         print('the prompts are texts: no chat template is applied; for one give [{"role": "user", "content": "..."}]')
-    room = model.context_length - max_new_tokens
+    room, known = model.context_length - max_new_tokens, model.get_input_embeddings().num_embeddings
     for row in rows:
-        if not 0 < (length := len(prompt_tokens(tokenizer, row))) <= room:
-            needed = f"{length} tokens, but the model's context has room for 1 to {room} and --max-new-tokens"
-            raise SystemExit(f"prompt {str(row['prompt'])[:80]!r}: {needed}; leave such rows out")
+        ids = prompt_tokens(tokenizer, row)
+        if not 0 < len(ids) <= room or max(ids) >= known:
+            has = f"the model's context has room for 1 to {room} and --max-new-tokens; it knows ids below {known}"
+            raise SystemExit(f"prompt {str(row['prompt'])[:80]!r}: {len(ids)} tokens, but {has}")
 
 
 def pad(sequences: list[list[int]], side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask [N, longest] of N lists of ids, padded on the side "left" or "right". The mask is of lengths:
     comparing ids with the pad token would delete the stop token where the two are one (huggingface/trl#3091)."""
-    ids = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    masks = [torch.ones_like(sequence) for sequence in ids]
-    ids, mask = (pad_sequence(x, batch_first=True, padding_side=side).to(device) for x in (ids, masks))
-    return ids, mask
+    padded = partial(pad_sequence, batch_first=True, padding_side=side)
+    ids = padded([torch.tensor(sequence, dtype=torch.long) for sequence in sequences])
+    mask = padded([torch.ones(len(sequence), dtype=torch.long) for sequence in sequences])
+    return ids.to(device), mask.to(device)
 
 
 def prompt_batch(tokenizer, rows: list[dict], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -413,8 +410,10 @@ def without_ties(prompts: torch.Tensor, advantages: torch.Tensor) -> torch.Tenso
     return prompts[tied.int().argsort(stable=True)[:count].sort().values]
 
 
-def decode(tokenizer, ids: torch.Tensor, mask: torch.Tensor) -> tuple[list[str], list[list[int]]]:
-    """What the mask keeps of each row: texts without special tokens, and ids."""
+def decode(tokenizer, ids, mask, logprobs, step: int) -> tuple[list[str], list[list[int]]]:
+    """What the mask keeps of each row of a rollout: texts without special tokens, and ids."""
+    if not logprobs.isfinite().all():  # of NaN the sampler draws the vocabulary's last token
+        raise FloatingPointError(f"step {step}: logits that are not finite, in the rollout or the evaluation")
     kept = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in kept], kept
 
@@ -458,19 +457,6 @@ def exact_answer(completions: list, **columns: list) -> list[float | None]:
     return scores
 
 
-REWARDS = {"exact_answer": exact_answer}
-
-
-def load_function(name: str, folder: str | Path = ""):
-    """One of REWARDS, `package.module:function`, or `file.py:function`, the path relative to the folder."""
-    module, _, function = name.rpartition(":")
-    if not module.endswith(".py"):
-        return without_exit(pkgutil.resolve_name, name) if module else REWARDS[name]
-    file = Path(folder, module).resolve()
-    sys.path.insert(0, str(file.parent))  # its neighbours are found, as by a script
-    return without_exit(runpy.run_path, str(file))[function]
-
-
 def without_exit(function, *args, **kwargs):
     """What a user's function returns; exit() in it is an error, or it would end the run as if all were well."""
     try:
@@ -479,12 +465,22 @@ def without_exit(function, *args, **kwargs):
         raise RuntimeError(f"a reward called exit({error.code!r})") from error
 
 
+def load_function(name: str, folder: str | Path = ""):
+    """A reward of this file, `package.module:function`, or `file.py:function`, the path relative to the folder."""
+    module, _, function = name.rpartition(":")
+    if not module.endswith(".py"):
+        return without_exit(pkgutil.resolve_name, name if module else f"{__name__}:{name}")
+    file = Path(folder, module).resolve()
+    sys.path.insert(0, str(file.parent))  # its neighbours are found, as by a script
+    return without_exit(runpy.run_path, str(file))[function]
+
+
 def call_reward(name: str, function, rows: list[dict], texts: list[str], ids=None) -> list:
     """What a reward returns, a value for each completion. As by TRL it is called by name with prompts, completions,
     completion_ids and each column of the data; what it changes of them reaches nobody else."""
-    calls = [copy.deepcopy(row | {"completion_ids": own}) for row, own in zip(rows, ids or [None] * len(rows))]
-    arguments = {column: [call.get(column) for call in calls] for column in {x for call in calls for x in call}}
-    arguments["prompts"] = arguments.pop("prompt")
+    columns = {column for row in rows for column in row}
+    arguments = {column: [copy.deepcopy(row.get(column)) for row in rows] for column in columns}
+    arguments |= {"prompts": arguments.pop("prompt"), "completion_ids": copy.deepcopy(ids) or [None] * len(rows)}
     replies = [[{"role": "assistant", "content": text}] for text in texts]  # to messages, a text to a text
     arguments["completions"] = [x if isinstance(row["prompt"], str) else y for row, x, y in zip(rows, texts, replies)]
     values = without_exit(function, **arguments)
@@ -521,33 +517,33 @@ class Run:
 
     def __init__(self, args) -> None:
         self.args, self.name = args, Path(sys.modules[type(args).__module__].__file__).stem
-        names = [args.output_dir or f"runs/{self.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"]  # one for each run
+        self.done, self.stopping, self.start_time = 0, False, time.perf_counter()
+        self.writer, self.shown, self.times = None, {}, {}
         if WORLD_SIZE > 1:
             backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backends, timeout=timedelta(hours=1))  # the others wait where one writes or judges
-            dist.broadcast_object_list(names)
-        self.dir, self.start_time, self.done, self.stopping = Path(names[0]), time.perf_counter(), 0, False
+        folder = args.output_dir or f"runs/{self.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"  # one for each run
+        self.dir = Path(gather([folder])[0])
         self.checkpoint, self.model = self.dir / "checkpoint" / "state.pt", self.dir / "model"
-        self.writer, self.shown, self.times = None, {}, {}
         transformers.set_seed(args.seed % 2**32)
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            return
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock = (self.dir / "args.json").open("a")
+        own = {name: self.dir / f"{name}.jsonl" if RANK == 0 else os.devnull for name in ("metrics", "samples")}
+        self.files = {name: open(path, "a", encoding="utf-8") for name, path in own.items()}  # noqa: SIM115
+        if RANK > 0:
+            return
         if os.name == "posix":  # the folder is this run's own for as long as the process lives
             import fcntl
 
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        finished, begun = self.model.exists(), any(file.stat().st_size for file in self.dir.glob("metrics.jsonl"))
-        if (finished and not self.checkpoint.exists()) or (begun and not args.resume):
+            fcntl.lockf(self.files["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finished = self.model.exists() and not self.checkpoint.exists()
+        if finished or (self.files["metrics"].tell() and not args.resume):
             raise SystemExit(f"--output-dir {self.dir}: already holds a run; give another one, or --resume {self.dir}")
-        self.lock.truncate(0)
-        print(json.dumps(asdict(args), indent=2, default=str), file=self.lock, flush=True)
+        (self.dir / "args.new").write_text(json.dumps(asdict(args), indent=2))
+        os.replace(self.dir / "args.new", self.dir / "args.json")
 
     def start(self, **parts) -> None:
         """Load the checkpoint of --resume, if any, into the parts: pairs of a model and its optimizer."""
-        self.parts, sizes = parts, {"metrics.jsonl": 0, "samples.jsonl": 0}
+        self.parts, sizes = parts, dict.fromkeys(self.files, 0)
         if self.args.resume and self.checkpoint.exists():  # without one the run begins again
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=WORLD_SIZE > 1)
             for name, (model, optimizer) in parts.items():
@@ -556,9 +552,8 @@ class Run:
                 used = [optimizer] if moments else []
                 dcp.set_state_dict(model, used, model_state_dict=weights, optim_state_dict=moments, options=WHOLE)
             self.done, sizes, self.start_time = state["step"], state["sizes"], self.start_time - state["seconds"]
-        for name, size in sizes.items() if RANK == 0 else ():  # what was written after the checkpoint comes again
-            with (self.dir / name).open("a") as file:
-                file.truncate(size)
+        for name, file in self.files.items() if RANK == 0 else ():
+            file.truncate(sizes[name])  # what was written after the checkpoint comes again
         if self.args.track == "wandb" and RANK == 0:
             import wandb
 
@@ -608,11 +603,12 @@ class Run:
         self.write("metrics", {"step": step, "time/total": time.perf_counter() - self.start_time} | metrics)
         for name, value in metrics.items() if self.writer else ():
             self.writer.add_scalar(name, value, step)
-        if math.isnan(metrics.get("eval/accuracy", 0.0)):
+        headline = next((name for name in metrics if name.startswith("eval/")), "")
+        if math.isnan(metrics.get(headline, 0.0)):
             raise SystemExit("--reward: the first one scored no held-out completion: it returned None for each of them")
         if math.isnan(metrics.get("reward/mean", 0.0)):
             tqdm.write(f"step {step}: no reward could score any completion, so nothing was learned of them")
-        shown = ("reward/mean", "loss/sft", "eval/accuracy", "kl/ref", "tokens_per_second")
+        shown = ("reward/mean", "loss/sft", headline, "kl/ref", "tokens_per_second")
         self.shown |= {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
         self.bar.set_postfix(self.shown, refresh=False)
 
@@ -627,27 +623,25 @@ class Run:
                 tqdm.write(f"step {step:<5} {prompt[-60:]!r} -> {completion[-100:]!r} | {rewards}")
 
     def write(self, name: str, record: dict) -> None:
-        if RANK == 0:
-            record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            with (self.dir / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-                print(json.dumps(record, ensure_ascii=False), file=file)
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        print(json.dumps(record, ensure_ascii=False), file=self.files[name], flush=True)
 
     def save(self, step: int) -> None:
         """Every --save-every steps, at the end and after a Ctrl-C, write all that an exact resume needs."""
-        every, stopping = self.args.save_every, total(torch.tensor(float(self.stopping))).item() > 0
+        every, stopping = self.args.save_every, any(gather([self.stopping]))
         if not stopping and (every == 0 or (step % every and step < self.args.num_steps)):
             return
         state = {"step": step, "seconds": time.perf_counter() - self.start_time}
         state["parts"] = {name: get_state(*part) for name, part in self.parts.items()}
         if RANK == 0:
-            state["sizes"] = {file.name: file.stat().st_size for file in self.dir.glob("*.jsonl")}
+            state["sizes"] = {name: file.tell() for name, file in self.files.items()}
             self.checkpoint.parent.mkdir(exist_ok=True)
             with self.checkpoint.with_suffix(".new").open("wb") as file:
                 torch.save(state, file)
                 os.fsync(file.fileno())
             os.replace(file.name, self.checkpoint)  # only now that it is whole and on the disk
         if stopping:
-            total(torch.zeros(()))  # nobody leaves before it is written
+            gather([])  # nobody leaves before it is written
             start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
             command = f"{start} {sys.argv[0]} --resume '{self.dir.as_posix()}'"
             raise SystemExit(1 if RANK else f"stopped after step {step}; go on with: {command}")
@@ -674,10 +668,13 @@ class Run:
             dist.destroy_process_group()
             time.sleep(0.5)  # while gloo drops its last tensors, or it may abort at exit (pytorch/pytorch#190489)
         rows = [json.loads(line) for line in (self.dir / "metrics.jsonl").open(encoding="utf-8")]
-        first, last = rows[0]["eval/accuracy"], {name: value for row in rows for name, value in row.items()}
-        result = f"{first:.3f} -> {last['eval/accuracy']:.3f} in {last['time/total']:.0f} s"
-        print(f"{self.name}: held-out accuracy {result}, model in {self.model}")
-        return last
+        headline = next(name for name in rows[0] if name.startswith("eval/"))
+        evaluations = [(row[headline], row["step"]) for row in rows if headline in row]
+        (first, _), (last, _), (best, step) = evaluations[0], evaluations[-1], max(evaluations)
+        peak = f" ({best:.3f} at step {step})" if best > last else ""
+        result = f"{first:.3f} -> {last:.3f}{peak} in {rows[-1]['time/total']:.0f} s"
+        print(f"{self.name}: held-out {headline[5:]} {result}, model in {self.model}")
+        return {name: value for row in rows for name, value in row.items()}
 
 
 def get_state(model, optimizer=None) -> dict:

@@ -12,10 +12,9 @@ Loss, the mean over pairs, with h = log pi / pi_ref of a whole completion, h_w o
 
 e is the label smoothing, the share of pairs thought to be the wrong way round. sigmoid with it is conservative DPO,
 (1 - e) of a pair's loss and e of the reversed pair's; robust has it as above; the others define none and refuse it.
-All but simpo need the reference.
-
-Source: Rafailov et al., arXiv 2305.18290; arXiv 2509.04501, section on DPO. Simplified: the reference stays the
-starting model. A chosen completion may well lose probability on the way: only the margin is optimised.
+A chosen completion may well lose probability on the way, as only the margin is optimised: --sft-weight, of a term
+-log pi_w per token (arXiv 2404.19733), acts against it. All but simpo need the reference, which stays the starting
+model. Source: Rafailov et al., arXiv 2305.18290; arXiv 2509.04501, section on DPO.
 
     python dpo.py
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
@@ -44,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class Args:
     model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
-    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl, .csv or .parquet file, or a hub data set id
+    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
     reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
@@ -52,8 +51,9 @@ class Args:
     prompts_per_step: int = 64  # prompts in a step
     micro_batch_size: int = 128  # completions in one forward and backward pass: sets the memory, not the result
     max_new_tokens: int = 8  # tokens in a completion, its stop token included
-    learning_rate: float = 5e-5  # peak learning rate of AdamW, which falls to 0 at the end
+    learning_rate: float = 5e-5  # peak learning rate of AdamW
     warmup_steps: int = 0  # steps over which the learning rate rises from 0
+    lr_schedule: Literal["linear", "constant"] = "linear"  # whether it then falls to 0, or stays
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     seed: int = 1  # seed of all random numbers
     device: str = "auto"  # auto is CUDA, else MPS, else the CPU
@@ -72,6 +72,7 @@ class Args:
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "sppo", "simpo"] = "sigmoid"  # see above
     beta: float | None = None  # how closely the policy is held to the reference; by default 0.1, sppo 0.001, simpo 2
     simpo_gamma: float = 1.0  # the margin gamma of simpo
+    sft_weight: float = 0.0  # weight of the chosen completions' negative log-likelihood per token (RPO)
     label_smoothing: float = 0.0  # share of pairs thought to be the wrong way round, for sigmoid and robust
 
     def __post_init__(self):
@@ -150,7 +151,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time; up to 2**26 are held for the backward pass.
+    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -160,9 +161,9 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [k, V]
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
-    size = max(1, 2**24 // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
-        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False)
+    size = 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size + 1
+    if len(targets) > 4 * size:  # too many to hold
+        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
@@ -257,19 +258,18 @@ def dpo_loss(
 
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
-    """First rewards [n] of greedy completions of held-out prompts; their mean is the accuracy."""
+    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
     texts, ids = [], []
     with common.autocast(args), common.gathered(model):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            new_texts, new_ids = common.decode(tokenizer, *completions[:2])
+            new_texts, new_ids = common.decode(tokenizer, *completions[:3], step)
             texts += new_texts
             ids += new_ids
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    first, *_ = components.values()
-    return first
+    return {f"eval/{name}": values for name, values in components.items()}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -280,7 +280,7 @@ def main(args: Args) -> dict[str, float]:
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns, to_pair)
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
-    model, tokenizer = common.load_model(args.model, common.pick_device(args), args)
+    model, tokenizer = common.load_model(args.model, args.device, args)
     common.check_prompts(model, tokenizer, eval_rows, args.max_new_tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     examples = list(enumerate(tokenize(model, tokenizer, train_rows, args)))
@@ -288,7 +288,7 @@ def main(args: Args) -> dict[str, float]:
 
     run.start(model=(model, optimizer))
     if run.done == 0:
-        run.log(0, {"eval/accuracy": evaluate(run, 0, model, tokenizer, eval_rows, score, args)})
+        run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
         # 1. N pairs: 2 N completions of T tokens, each chosen one before its rejected one
         indices, pairs = zip(*common.take_batch(examples, step, args))
@@ -310,7 +310,8 @@ def main(args: Args) -> dict[str, float]:
                 *new_logps.unbind(1), *ref_logps[part].unbind(1), beta=args.beta, loss_type=args.loss_type,
                 label_smoothing=args.label_smoothing, gamma=args.simpo_gamma,
             )  # [n]  # fmt: skip
-            loss = losses.sum() / args.prompts_per_step
+            nll = -logprobs[::2].sum(1) / inputs[3][::2].sum(1)  # [n], of the chosen ones, per token
+            loss = (losses + args.sft_weight * nll).sum() / args.prompts_per_step
             loss.backward()
             logps[part] = new_logps.detach()
             stats["loss/dpo"] += loss.detach()
@@ -334,7 +335,7 @@ def main(args: Args) -> dict[str, float]:
             "learning_rate": learning_rate,
         }
         if step % args.eval_every == 0 or step == args.num_steps:
-            metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, args)
+            metrics |= evaluate(run, step, model, tokenizer, eval_rows, score, args)
         run.log(step, metrics)
         run.save(step)
     return run.finish(model, tokenizer)

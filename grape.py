@@ -9,11 +9,11 @@ of the prompt (or the batch), the reward is a mean over those items that could b
 Then A_i = (R_i - mean R) / std R over the G completions of a prompt, and the loss is that of grpo.py. A rubric of one
 item with confidence 1 is GRPO itself, to the last bit.
 
-Known of GRAPE, from public accounts of arXiv 2509.04501: rubrics by category in place of one reward model; items that
-are checked against the truth, or scored by a prompted critic that also gives a confidence; items weighted by average
+Known of GRAPE, from public accounts of arXiv 2509.04501: rubrics by category in place of one reward model; items
+checked against the truth, or scored by a prompted critic that also gives a confidence; items weighted by average
 confidence; the advantage relative to the other completions of the prompt; PPO's clipped update; GRPO as the case of one
 item. Our reconstruction: the formula, its scope; that a verifier has confidence 1, an item without a score is left out;
-the settings of the loss; how a critic is read: score p(yes) / (p(yes) + p(no)), confidence |p(yes) - p(no)|.
+the loss's settings; how a critic is read: score p(yes) / (p(yes) + p(no)), confidence |p(yes) - p(no)|.
 
     python grape.py
     python grape.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class Args:
     model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
-    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl, .csv or .parquet file, or a hub data set id
+    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
     reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
@@ -54,8 +54,9 @@ class Args:
     micro_batch_size: int = 128  # completions in one forward and backward pass: sets the memory, not the result
     max_new_tokens: int = 8  # tokens in a completion, its stop token included
     temperature: float = 1.0  # divides the logits, in sampling and in every log-prob
-    learning_rate: float = 1e-4  # peak learning rate of AdamW, which falls to 0 at the end
+    learning_rate: float = 1e-4  # peak learning rate of AdamW
     warmup_steps: int = 0  # steps over which the learning rate rises from 0
+    lr_schedule: Literal["linear", "constant"] = "linear"  # whether it then falls to 0, or stays
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     seed: int = 1  # seed of all random numbers
     device: str = "auto"  # auto is CUDA, else MPS, else the CPU
@@ -155,7 +156,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time; up to 2**26 are held for the backward pass.
+    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -165,20 +166,21 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [k, V]
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
-    size = max(1, 2**24 // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
-        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False)
+    size = 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size + 1
+    if len(targets) > 4 * size:  # too many to hold
+        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
 
 @torch.no_grad()
-def batch_logprobs(model, batch, args):
-    """token_logprobs [B, T] of a whole batch, one micro-batch at a time."""
+def batch_logprobs(model, batch, minibatches, args):
+    """token_logprobs [B, T], made in the micro-batches of the update: in bfloat16 those of others differ."""
     logprobs = torch.zeros_like(batch[3])
-    for rows, inputs in common.micro_batches(batch, torch.arange(len(batch[0])), args.micro_batch_size):
-        with common.autocast(args):
-            logprobs[rows] = token_logprobs(model, *inputs, temperature=args.temperature)
+    for minibatch in minibatches:
+        for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
+            with common.autocast(args):
+                logprobs[rows] = token_logprobs(model, *inputs, temperature=args.temperature)
     return logprobs
 
 
@@ -227,13 +229,13 @@ def ask_critic(critic, tokenizer, question, rows, completions, *, batch_size):
     return torch.stack([answers.get(ids, torch.tensor([math.nan] * 2)) for ids, _ in asked], 1)
 
 
-def call_verifier(name, function, rows, texts, ids=None):
+def call_verifier(item, rows, texts, ids):
     """Scores and confidences [2, B] by a reward function that returns pairs of them, or scores of confidence 1."""
-    values = common.call_reward(name, function, rows, texts, ids)
+    values = common.call_reward(item["name"], item["verifier"], rows, texts, ids)
     pairs = [value if isinstance(value, tuple | list) else (value, 1.0) for value in values]
     for score, sure in pairs:
         if score is not None and not (math.isfinite(score) and 0 <= sure <= 1):
-            raise SystemExit(f"verifier {name}: returned {score, sure}, not a score and a confidence from 0 to 1")
+            raise SystemExit(f"verifier {item['name']}: returned {score, sure}, not a score and a confidence of 0 to 1")
     return torch.tensor([(math.nan, math.nan) if score is None else (score, sure) for score, sure in pairs]).T
 
 
@@ -247,8 +249,7 @@ def score_rubrics(rubrics, ask, rows, texts, ids=None, **scope):
         own = [[column[i] for i in members] for column in (rows, texts, ids or [None] * len(rows))]
         for item in items if members else ():
             k = names.index(item["name"])
-            asked = "question" in item
-            judged = ask(item["question"], *own[:2]) if asked else call_verifier(item["name"], item["verifier"], *own)
+            judged = ask(item["question"], *own[:2]) if "question" in item else call_verifier(item, *own)
             scores[members, k], confidences[members, k] = judged  # [2, members]
             weights[members, k] = float(item["weight"])
     rewards = rubric_rewards(scores, confidences, weights, **scope)
@@ -296,19 +297,18 @@ def policy_loss(
 
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
-    """First rewards [n] of greedy completions of held-out prompts; their mean is the accuracy."""
+    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
     texts, ids = [], []
     with common.autocast(args), common.gathered(model):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            new_texts, new_ids = common.decode(tokenizer, *completions[:2])
+            new_texts, new_ids = common.decode(tokenizer, *completions[:3], step)
             texts += new_texts
             ids += new_ids
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    first, *_ = components.values()
-    return first
+    return {f"eval/{name}": values for name, values in components.items()}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -318,7 +318,7 @@ def main(args: Args) -> dict[str, float]:
     rubrics = load_rubrics(args.rubric, train_rows)
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
-    model, tokenizer = common.load_model(args.model, common.pick_device(args), args)
+    model, tokenizer = common.load_model(args.model, args.device, args)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     ref_model = common.load_reference(args, model) if args.beta else None
     critic, critic_tokenizer = ref_model, tokenizer  # no second copy of the start
@@ -331,7 +331,7 @@ def main(args: Args) -> dict[str, float]:
 
     run.start(model=(model, optimizer))
     if run.done == 0:
-        run.log(0, {"eval/accuracy": evaluate(run, 0, model, tokenizer, eval_rows, score, args)})
+        run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
         # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
         rows = common.take_batch(train_rows, step, args)
@@ -344,7 +344,7 @@ def main(args: Args) -> dict[str, float]:
         run.lap("rollout")
 
         # 2. score
-        texts, ids = common.decode(tokenizer, completion_ids, completion_mask)
+        texts, ids = common.decode(tokenizer, completion_ids, completion_mask, sampled_logprobs, step)
         ask = partial(ask_critic, critic, critic_tokenizer, batch_size=args.micro_batch_size)
         with common.autocast(args), common.gathered(critic):
             rewards, components, confidences = score_rubrics(
@@ -357,15 +357,15 @@ def main(args: Args) -> dict[str, float]:
         run.lap("score")
 
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
-        old_logprobs = None if on_policy else batch_logprobs(model, batch, args)  # [B, T]
-        ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else None  # [B, T]
+        minibatches = torch.randperm(len(rows)).chunk(args.num_minibatches)  # of prompts, the same in each epoch
+        old_logprobs = None if on_policy else batch_logprobs(model, batch, minibatches, args)  # [B, T]
+        ref_logprobs = batch_logprobs(ref_model, batch, minibatches, args) if args.beta else None  # [B, T]
         advantages = compute_advantages(rewards, samples_per_prompt=G, scale=args.scale)  # [B]
 
         # 4. update: in each epoch one optimizer step on each minibatch of prompts
         optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * common.decay(args, step)
         stats = defaultdict(float)
-        minibatches = [m for _ in range(args.num_epochs) for m in torch.randperm(len(rows)).chunk(args.num_minibatches)]
-        for minibatch in minibatches:
+        for minibatch in minibatches * args.num_epochs:
             mask = completion_mask.view(len(rows), G, -1)[minibatch].flatten(0, 1)  # [n G, T]
             tokens = common.total(mask.sum()).clamp(min=1)
             completions = common.total(mask.any(1).sum()).clamp(min=1)
@@ -387,11 +387,13 @@ def main(args: Args) -> dict[str, float]:
                 stats["loss/policy"] += loss.detach()
                 stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
                 stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens  # k3 of KL(pi_old || pi)
+                if args.beta:  # not from the sampler's log-probs: in bfloat16 their rounding is another
+                    stats["kl/ref"] += ((old - ref) * mask).sum() / tokens
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             stats["grad_norm"] += float(norm)
             optimizer.step()
             optimizer.zero_grad()
-        stats = {name: value / len(minibatches) for name, value in stats.items()}
+        stats = {name: value / (args.num_epochs * len(minibatches)) for name, value in stats.items()}
         seconds = run.lap("update")
 
         # 5. log: numbers, parts of sums over all processes, and tensors whose mean is logged
@@ -406,11 +408,9 @@ def main(args: Args) -> dict[str, float]:
             "tokens_per_second": lengths.sum() / seconds,
             "learning_rate": learning_rate,
         }
-        if args.beta:
-            metrics["kl/ref"] = (sampled_logprobs - ref_logprobs)[completion_mask > 0]
         run.log_samples(step, "train", tokenizer, rows[:1] * G, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
-            metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, args)
+            metrics |= evaluate(run, step, model, tokenizer, eval_rows, score, args)
         run.log(step, metrics)
         run.save(step)
     return run.finish(model, tokenizer)

@@ -16,8 +16,10 @@ completion i, B completions and N tokens in the minibatch, k_t the estimated KL 
 
 As terms of the loss both ignore what a token does to the KL of later tokens; a KL in the rewards does not.
 
-Source: arXiv 2509.04501, section on GRPO; and the papers above. Simplified: the reference stays the starting model, and
-dynamic sampling (arXiv 2503.14476) is left out. Clip range, std and beta default to those of the loss type's own paper.
+Source: arXiv 2509.04501, section on GRPO; and the papers above. Clip range, std and beta default to those of the loss
+type's own paper. DAPO also samples --oversample times the prompts, trains those groups that do not tie, filled up with
+tied ones, and leaves out what was cut off. Simplified: that is one pass, where the paper samples until the batch is
+full; the reference stays the starting model.
 
     python grpo.py
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
@@ -41,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class Args:
     model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
-    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl, .csv or .parquet file, or a hub data set id
+    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
     reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
@@ -51,8 +53,9 @@ class Args:
     micro_batch_size: int = 128  # completions in one forward and backward pass: sets the memory, not the result
     max_new_tokens: int = 8  # tokens in a completion, its stop token included
     temperature: float = 1.0  # divides the logits, in sampling and in every log-prob
-    learning_rate: float = 1e-4  # peak learning rate of AdamW, which falls to 0 at the end
+    learning_rate: float = 1e-4  # peak learning rate of AdamW
     warmup_steps: int = 0  # steps over which the learning rate rises from 0
+    lr_schedule: Literal["linear", "constant"] = "linear"  # whether it then falls to 0, or stays
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     seed: int = 1  # seed of all random numbers
     device: str = "auto"  # auto is CUDA, else MPS, else the CPU
@@ -69,11 +72,13 @@ class Args:
     # the algorithm's own
     num_epochs: int = 1  # passes over the completions of a step
     num_minibatches: int = 1  # optimizer steps in a pass
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"  # see above; sets the next four
-    clip_low: float | None = None  # the ratio is clipped below at 1 - clip_low
-    clip_high: float | None = None  # the ratio is clipped above at 1 + clip_high
-    scale: Literal["std", "none"] | None = None  # whether a group's advantages are divided by its standard deviation
-    beta: float | None = None  # weight of the KL to the starting model in the loss; 0 loads no second model
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"  # which of the losses; sets the next six
+    clip_low: float | None = None  # the ratio is clipped below at 1 - clip_low (0.2; gspo 3e-4, cispo 1)
+    clip_high: float | None = None  # the ratio is clipped above at 1 + clip_high (0.2; dapo 0.28, gspo 4e-4, cispo 4)
+    scale: Literal["std", "none"] | None = None  # divisor of a group's advantages: their deviation (dr_grpo: none)
+    beta: float | None = None  # weight of the KL to the start in the loss (grpo 0.04, else 0); 0 loads no second model
+    oversample: int | None = None  # times the prompts to sample; groups that do not tie are trained first (1; dapo 3)
+    mask_truncated: bool | None = None  # whether what has no stop token is left out of the loss (dapo: it is)
     kl_estimator: Literal["k3", "k2"] = "k3"  # estimate of that KL
     overlong_buffer: int = 0  # reward falls by up to 1 over the last so many tokens (arXiv 2503.14476, eq. 13)
 
@@ -84,7 +89,7 @@ class Args:
 
 PAPER_SETTINGS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "std", "beta": 0.04},
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "scale": "std", "beta": 0.0},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "scale": "std", "beta": 0.0, "oversample": 3, "mask_truncated": True},
     "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "none", "beta": 0.0},
     "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "scale": "std", "beta": 0.0},
     "cispo": {"clip_low": 1.0, "clip_high": 4.0, "scale": "std", "beta": 0.0},  # r in 0 .. 5 (arXiv 2510.13786)
@@ -158,7 +163,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time; up to 2**26 are held for the backward pass.
+    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -168,20 +173,21 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [k, V]
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
-    size = max(1, 2**24 // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
-        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False)
+    size = 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size + 1
+    if len(targets) > 4 * size:  # too many to hold
+        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
 
 @torch.no_grad()
-def batch_logprobs(model, batch, args):
-    """token_logprobs [B, T] of a whole batch, one micro-batch at a time."""
+def batch_logprobs(model, batch, minibatches, args):
+    """token_logprobs [B, T], made in the micro-batches of the update: in bfloat16 those of others differ."""
     logprobs = torch.zeros_like(batch[3])
-    for rows, inputs in common.micro_batches(batch, torch.arange(len(batch[0])), args.micro_batch_size):
-        with common.autocast(args):
-            logprobs[rows] = token_logprobs(model, *inputs, temperature=args.temperature)
+    for minibatch in minibatches:
+        for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
+            with common.autocast(args):
+                logprobs[rows] = token_logprobs(model, *inputs, temperature=args.temperature)
     return logprobs
 
 
@@ -236,42 +242,42 @@ def loss_normalizer(completion_mask, loss_type, max_new_tokens):
 
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
-    """First rewards [n] of greedy completions of held-out prompts; their mean is the accuracy."""
+    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
     texts, ids = [], []
     with common.autocast(args), common.gathered(model):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            new_texts, new_ids = common.decode(tokenizer, *completions[:2])
+            new_texts, new_ids = common.decode(tokenizer, *completions[:3], step)
             texts += new_texts
             ids += new_ids
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    first, *_ = components.values()
-    return first
+    return {f"eval/{name}": values for name, values in components.items()}
 
 
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of each metric."""
     args = common.check_args(args)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    args = replace(args, **PAPER_SETTINGS[args.loss_type] | given)
+    args = replace(args, **{"oversample": 1, "mask_truncated": False} | PAPER_SETTINGS[args.loss_type] | given)
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
-    model, tokenizer = common.load_model(args.model, common.pick_device(args), args)
+    model, tokenizer = common.load_model(args.model, args.device, args)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     ref_model = common.load_reference(args, model) if args.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     G = args.samples_per_prompt
     on_policy = args.num_epochs * args.num_minibatches == 1  # pi_old is then pi itself
+    sampled = replace(args, prompts_per_step=args.oversample * args.prompts_per_step)
 
     run.start(model=(model, optimizer))
     if run.done == 0:
-        run.log(0, {"eval/accuracy": evaluate(run, 0, model, tokenizer, eval_rows, score, args)})
+        run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
         # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
-        rows = common.take_batch(train_rows, step, args)
+        rows = common.take_batch(train_rows, step, sampled)
         prompts = common.prompt_batch(tokenizer, rows, model.device)  # prompt_ids and prompt_mask [N, P]
         with common.autocast(args), common.gathered(model):
             completion_ids, completion_mask, sampled_logprobs, truncated = rollout(  # [B, T], truncated [B]
@@ -281,24 +287,28 @@ def main(args: Args) -> dict[str, float]:
         run.lap("rollout")
 
         # 2. score
-        texts, ids = common.decode(tokenizer, completion_ids, completion_mask)
+        texts, ids = common.decode(tokenizer, completion_ids, completion_mask, sampled_logprobs, step)
         rewards, components = score([row for row in rows for _ in range(G)], texts, ids)
         rewards = rewards.to(model.device)  # [B]; NaN where nothing could score the completion,
         completion_mask[rewards.isnan()] = 0.0  # which then takes no part in the update, though its length is logged
+        if args.mask_truncated:
+            completion_mask[truncated] = 0.0  # their rewards still count in the group's mean
         batch = (*prompts, completion_ids, completion_mask)
         run.lap("score")
 
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
-        old_logprobs = None if on_policy else batch_logprobs(model, batch, args)  # [B, T]
-        ref_logprobs = batch_logprobs(ref_model, batch, args) if args.beta else None  # [B, T]
         overlong = (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / max(1, args.overlong_buffer)
         advantages = compute_advantages(rewards - overlong, samples_per_prompt=G, scale=args.scale)  # [B]
+        tied = (advantages.view(-1, G) == 0).all(1)  # of what was oversampled, groups that do not tie come first
+        kept = tied.int().argsort(stable=True)[: len(rows) // args.oversample].sort().values
+        minibatches = kept[torch.randperm(len(kept))].chunk(args.num_minibatches)  # prompts, the same in each epoch
+        old_logprobs = None if on_policy else batch_logprobs(model, batch, minibatches, args)  # [B, T]
+        ref_logprobs = batch_logprobs(ref_model, batch, minibatches, args) if args.beta else None  # [B, T]
 
         # 4. update: in each epoch one optimizer step on each minibatch of prompts
         optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * common.decay(args, step)
         stats = defaultdict(float)
-        minibatches = [m for _ in range(args.num_epochs) for m in torch.randperm(len(rows)).chunk(args.num_minibatches)]
-        for minibatch in minibatches:
+        for minibatch in minibatches * args.num_epochs:
             mask = completion_mask.view(len(rows), G, -1)[minibatch].flatten(0, 1)  # [n G, T]
             tokens = common.total(mask.sum()).clamp(min=1)
             normalizer = common.total(loss_normalizer(mask, args.loss_type, args.max_new_tokens)).clamp(min=1)
@@ -320,11 +330,13 @@ def main(args: Args) -> dict[str, float]:
                 stats["loss/policy"] += loss.detach()
                 stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
                 stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens  # k3 of KL(pi_old || pi)
+                if args.beta:  # not from the sampler's log-probs: in bfloat16 their rounding is another
+                    stats["kl/ref"] += ((old - ref) * mask).sum() / tokens
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             stats["grad_norm"] += float(norm)
             optimizer.step()
             optimizer.zero_grad()
-        stats = {name: value / len(minibatches) for name, value in stats.items()}
+        stats = {name: value / (args.num_epochs * len(minibatches)) for name, value in stats.items()}
         seconds = run.lap("update")
 
         # 5. log: numbers, parts of sums over all processes, and tensors whose mean is logged
@@ -338,11 +350,9 @@ def main(args: Args) -> dict[str, float]:
             "tokens_per_second": lengths.sum() / seconds,
             "learning_rate": learning_rate,
         }
-        if args.beta:
-            metrics["kl/ref"] = (sampled_logprobs - ref_logprobs)[completion_mask > 0]
         run.log_samples(step, "train", tokenizer, rows[:1] * G, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
-            metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, args)
+            metrics |= evaluate(run, step, model, tokenizer, eval_rows, score, args)
         run.log(step, metrics)
         run.save(step)
     return run.finish(model, tokenizer)

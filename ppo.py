@@ -10,9 +10,8 @@ where advantages come from generalised advantage estimation over a completion's 
     A_t = delta_t + gamma lambda A_t+1,  delta_t = reward_t + gamma V_old_t+1 - V_old_t,  R_t = A_t + V_old_t,
 
 and are then whitened over all tokens of the rollout. A token's reward is -beta (log pi - log pi_ref), plus the score on
-a completion's last token, whether that is a stop token or not; after it V is 0.
-
-Source: arXiv 1707.06347, eq. 7; GAE: arXiv 1506.02438, eq. 16; arXiv 2203.02155, 2403.17031; 2509.04501, on PPO.
+a completion's last token, whether that is a stop token or not; after it V is 0. Source: arXiv 1707.06347, eq. 7; GAE:
+arXiv 1506.02438, eq. 16; arXiv 2203.02155, 2403.17031; 2509.04501, section on PPO.
 
     python ppo.py
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
@@ -36,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class Args:
     model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
-    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl, .csv or .parquet file, or a hub data set id
+    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
     reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
@@ -46,8 +45,9 @@ class Args:
     micro_batch_size: int = 128  # completions in one forward and backward pass: sets the memory, not the result
     max_new_tokens: int = 8  # tokens in a completion, its stop token included
     temperature: float = 1.0  # divides the logits, in sampling and in every log-prob
-    learning_rate: float = 1e-4  # peak learning rate of AdamW, which falls to 0 at the end
+    learning_rate: float = 1e-4  # peak learning rate of AdamW
     warmup_steps: int = 0  # steps over which the learning rate rises from 0
+    lr_schedule: Literal["linear", "constant"] = "linear"  # whether it then falls to 0, or stays
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     seed: int = 1  # seed of all random numbers
     device: str = "auto"  # auto is CUDA, else MPS, else the CPU
@@ -140,7 +140,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time; up to 2**26 are held for the backward pass.
+    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -150,20 +150,21 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [k, V]
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
-    size = max(1, 2**24 // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
-        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False)
+    size = 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size + 1
+    if len(targets) > 4 * size:  # too many to hold
+        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
 
 @torch.no_grad()
-def batch_logprobs(model, batch, args):
-    """token_logprobs [B, T] of a whole batch, one micro-batch at a time."""
+def batch_logprobs(model, batch, minibatches, args):
+    """token_logprobs [B, T], made in the micro-batches of the update: in bfloat16 those of others differ."""
     logprobs = torch.zeros_like(batch[3])
-    for rows, inputs in common.micro_batches(batch, torch.arange(len(batch[0])), args.micro_batch_size):
-        with common.autocast(args):
-            logprobs[rows] = token_logprobs(model, *inputs, temperature=args.temperature)
+    for minibatch in minibatches:
+        for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
+            with common.autocast(args):
+                logprobs[rows] = token_logprobs(model, *inputs, temperature=args.temperature)
     return logprobs
 
 
@@ -191,9 +192,8 @@ def compute_gae(token_rewards, values, completion_mask, *, gamma, gae_lambda):
     next_advantage = next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = token_rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = (delta + gamma * gae_lambda * next_advantage) * completion_mask[:, t]
+        advantages[:, t] = next_advantage = (delta + gamma * gae_lambda * next_advantage) * completion_mask[:, t]
         next_value = values[:, t]
-        advantages[:, t] = next_advantage
     return advantages, advantages + values
 
 
@@ -221,19 +221,18 @@ def value_loss(values, old_values, returns, completion_mask, *, value_clip_range
 
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
-    """First rewards [n] of greedy completions of held-out prompts; their mean is the accuracy."""
+    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
     texts, ids = [], []
     with common.autocast(args), common.gathered(model):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            new_texts, new_ids = common.decode(tokenizer, *completions[:2])
+            new_texts, new_ids = common.decode(tokenizer, *completions[:3], step)
             texts += new_texts
             ids += new_ids
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    first, *_ = components.values()
-    return first
+    return {f"eval/{name}": values for name, values in components.items()}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -242,10 +241,10 @@ def main(args: Args) -> dict[str, float]:
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
-    model, tokenizer = common.load_model(args.model, common.pick_device(args), args)
+    model, tokenizer = common.load_model(args.model, args.device, args)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     ref_model = common.load_reference(args, model) if args.beta else None
-    value_model = ValueModel(common.load_model(args.model, torch.device("cpu"), args, whole=True)[0])
+    value_model = ValueModel(common.load_model(args.model, "cpu", args, whole=True)[0])
     value_model = common.shard(value_model, model.device)  # only now, with its head
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     value_optimizer = torch.optim.AdamW(value_model.parameters(), weight_decay=0.0, fused=True)  # each step sets lr
@@ -253,7 +252,7 @@ def main(args: Args) -> dict[str, float]:
 
     run.start(model=(model, optimizer), value_model=(value_model, value_optimizer))
     if run.done == 0:
-        run.log(0, {"eval/accuracy": evaluate(run, 0, model, tokenizer, eval_rows, score, args)})
+        run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
         # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
         rows = common.take_batch(train_rows, step, args)
@@ -266,7 +265,7 @@ def main(args: Args) -> dict[str, float]:
         run.lap("rollout")
 
         # 2. score
-        texts, ids = common.decode(tokenizer, completion_ids, completion_mask)
+        texts, ids = common.decode(tokenizer, completion_ids, completion_mask, sampled_logprobs, step)
         rewards, components = score([row for row in rows for _ in range(G)], texts, ids)
         rewards = rewards.to(model.device)  # [B]; NaN where nothing could score the completion,
         completion_mask[rewards.isnan()] = 0.0  # which then takes no part in the update, though its length is logged
@@ -274,18 +273,21 @@ def main(args: Args) -> dict[str, float]:
         run.lap("score")
 
         # 3. log-probs and values that the update starts from; the reward and the advantage of each token
-        old_logprobs = batch_logprobs(model, batch, args)  # [B, T]; not the sampler's, whose rounding differs
+        minibatches = torch.randperm(len(rows)).chunk(args.num_minibatches)  # of prompts, the same in each epoch
+        old_logprobs = batch_logprobs(model, batch, minibatches, args)  # [B, T]; the sampler's are rounded otherwise
         old_values = torch.zeros_like(old_logprobs)  # [B, T]
-        for micro, inputs in common.micro_batches(batch, torch.arange(len(rows)), args.micro_batch_size):
-            with torch.no_grad(), common.autocast(args):
-                old_values[micro] = value_model(*inputs)
+        for minibatch in minibatches:
+            for micro, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
+                with torch.no_grad(), common.autocast(args):
+                    old_values[micro] = value_model(*inputs)
         token_rewards = torch.zeros_like(old_logprobs)  # [B, T]
         if args.beta:
-            kl_ref = (old_logprobs - batch_logprobs(ref_model, batch, args)) * completion_mask
+            kl_ref = (old_logprobs - batch_logprobs(ref_model, batch, minibatches, args)) * completion_mask
             token_rewards = -args.beta * kl_ref
         token_rewards.scatter_add_(1, lengths.long()[:, None] - 1, rewards.nan_to_num()[:, None])  # on the last token
-        discounts = {"gamma": args.gamma, "gae_lambda": args.gae_lambda}
-        advantages, returns = compute_gae(token_rewards, old_values, completion_mask, **discounts)  # [B, T]
+        advantages, returns = compute_gae(  # [B, T]
+            token_rewards, old_values, completion_mask, gamma=args.gamma, gae_lambda=args.gae_lambda
+        )
         advantages = whiten(advantages, completion_mask)
 
         # 4. update: in each epoch one optimizer step on each minibatch of prompts
@@ -293,7 +295,7 @@ def main(args: Args) -> dict[str, float]:
         value_optimizer.param_groups[0]["lr"] = args.value_learning_rate * common.decay(args, step)
         stats = defaultdict(float)
         for epoch in range(1, args.num_epochs + 1):  # noqa: B007
-            for minibatch in torch.randperm(len(rows)).chunk(args.num_minibatches):
+            for minibatch in minibatches:
                 tokens = common.total(completion_mask.view(len(rows), G, -1)[minibatch].sum()).clamp(min=1)
                 kl = 0.0  # r - 1 - log r estimates KL(pi_old || pi)
                 for micro, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
@@ -314,12 +316,11 @@ def main(args: Args) -> dict[str, float]:
                     stats["loss/value"] += loss_v.detach()
                     stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
                 stats["kl/old"] += kl
-                clip = partial(torch.nn.utils.clip_grad_norm_, max_norm=args.max_grad_norm, error_if_nonfinite=True)
-                clip(value_model.parameters())
-                stats["grad_norm"] += float(clip(model.parameters()))
-                for one in (optimizer, value_optimizer):
-                    one.step()
-                    one.zero_grad()
+                for one, own in ((value_model, value_optimizer), (model, optimizer)):
+                    norm = torch.nn.utils.clip_grad_norm_(one.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+                    own.step()
+                    own.zero_grad()
+                stats["grad_norm"] += float(norm)  # the policy's
             if args.target_kl and common.total(kl) > args.target_kl:  # of the epoch's last minibatch
                 break
         stats = {name: value / (epoch * args.num_minibatches) for name, value in stats.items()}
@@ -332,7 +333,6 @@ def main(args: Args) -> dict[str, float]:
             "policy/entropy": -sampled_logprobs[completion_mask > 0],
             "completion/length": lengths,
             "completion/truncated": truncated,
-            "group/zero_std": (rewards.view(-1, G) == rewards[::G, None]).all(1),
             "tokens_per_second": lengths.sum() / seconds,
             "learning_rate": learning_rate,
         }
@@ -340,7 +340,7 @@ def main(args: Args) -> dict[str, float]:
             metrics["kl/ref"] = kl_ref[completion_mask > 0]
         run.log_samples(step, "train", tokenizer, rows[:1] * G, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
-            metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, args)
+            metrics |= evaluate(run, step, model, tokenizer, eval_rows, score, args)
         run.log(step, metrics)
         run.save(step)
     return run.finish(model, tokenizer)

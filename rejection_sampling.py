@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class Args:
     model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
-    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl, .csv or .parquet file, or a hub data set id
+    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
     reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
@@ -43,8 +43,9 @@ class Args:
     micro_batch_size: int = 128  # completions in one forward and backward pass: sets the memory, not the result
     max_new_tokens: int = 8  # tokens in a completion, its stop token included
     temperature: float = 1.0  # divides the logits, in sampling and in every log-prob
-    learning_rate: float = 1e-4  # peak learning rate of AdamW, which falls to 0 at the end
+    learning_rate: float = 1e-4  # peak learning rate of AdamW
     warmup_steps: int = 0  # steps over which the learning rate rises from 0
+    lr_schedule: Literal["linear", "constant"] = "linear"  # whether it then falls to 0, or stays
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     seed: int = 1  # seed of all random numbers
     device: str = "auto"  # auto is CUDA, else MPS, else the CPU
@@ -132,7 +133,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time; up to 2**26 are held for the backward pass.
+    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -142,9 +143,9 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [k, V]
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
-    size = max(1, 2**24 // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
-        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False)
+    size = 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size + 1
+    if len(targets) > 4 * size:  # too many to hold
+        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
@@ -177,19 +178,18 @@ def sft_loss(logprobs, completion_mask, *, normalizer):
 
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
-    """First rewards [n] of greedy completions of held-out prompts; their mean is the accuracy."""
+    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
     texts, ids = [], []
     with common.autocast(args), common.gathered(model):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            new_texts, new_ids = common.decode(tokenizer, *completions[:2])
+            new_texts, new_ids = common.decode(tokenizer, *completions[:3], step)
             texts += new_texts
             ids += new_ids
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    first, *_ = components.values()
-    return first
+    return {f"eval/{name}": values for name, values in components.items()}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -198,14 +198,14 @@ def main(args: Args) -> dict[str, float]:
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
-    model, tokenizer = common.load_model(args.model, common.pick_device(args), args)
+    model, tokenizer = common.load_model(args.model, args.device, args)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     G = args.samples_per_prompt
 
     run.start(model=(model, optimizer))
     if run.done == 0:
-        run.log(0, {"eval/accuracy": evaluate(run, 0, model, tokenizer, eval_rows, score, args)})
+        run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
         # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
         rows = common.take_batch(train_rows, step, args)
@@ -218,7 +218,7 @@ def main(args: Args) -> dict[str, float]:
         run.lap("rollout")
 
         # 2. score
-        texts, ids = common.decode(tokenizer, completion_ids, completion_mask)
+        texts, ids = common.decode(tokenizer, completion_ids, completion_mask, sampled_logprobs, step)
         rewards, components = score([row for row in rows for _ in range(G)], texts, ids)
         rewards = rewards.to(model.device)  # [B]; NaN where nothing could score the completion,
         completion_mask[rewards.isnan()] = 0.0  # which then takes no part in the update, though its length is logged
@@ -273,7 +273,7 @@ def main(args: Args) -> dict[str, float]:
         }
         run.log_samples(step, "train", tokenizer, rows[:1] * G, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
-            metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, args)
+            metrics |= evaluate(run, step, model, tokenizer, eval_rows, score, args)
         run.log(step, metrics)
         run.save(step)
     return run.finish(model, tokenizer)

@@ -8,7 +8,6 @@ to first order in L and second in D. F, the Hessian of D at pi_old (the Fisher m
 with: conjugate gradient solves (F + damping) x = grad L, and the step is sqrt(2 d / x'Fx) x, of which D is predicted to
 be d. It is halved until L has risen and D is within d, both measured anew; if that never happens the parameters stay as
 they are. The KL is exact, over the whole vocabulary: samples would make it noise. All is float32, but grad L on a GPU.
-
 Source: arXiv 1502.05477, section 6 and appendix C; arXiv 2509.04501, section on TRPO. Simplified: the bound falls
 linearly to 0, as the learning rate does elsewhere.
 
@@ -36,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class Args:
     model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
-    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl, .csv or .parquet file, or a hub data set id
+    data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
     reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
@@ -140,7 +139,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time; up to 2**26 are held for the backward pass.
+    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -150,20 +149,21 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [k, V]
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
-    size = max(1, 2**24 // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
-        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False)
+    size = 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size + 1
+    if len(targets) > 4 * size:  # too many to hold
+        of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
 
 @torch.no_grad()
-def batch_logprobs(model, batch, args):
-    """token_logprobs [B, T] of a whole batch, one micro-batch at a time."""
+def batch_logprobs(model, batch, minibatches, args):
+    """token_logprobs [B, T], made in the micro-batches of the update: in bfloat16 those of others differ."""
     logprobs = torch.zeros_like(batch[3])
-    for rows, inputs in common.micro_batches(batch, torch.arange(len(batch[0])), args.micro_batch_size):
-        with common.autocast(args):
-            logprobs[rows] = token_logprobs(model, *inputs, temperature=args.temperature)
+    for minibatch in minibatches:
+        for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
+            with common.autocast(args):
+                logprobs[rows] = token_logprobs(model, *inputs, temperature=args.temperature)
     return logprobs
 
 
@@ -276,19 +276,18 @@ def line_search(measure, parameters, step, *, max_kl, max_backtracks):
 
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
-    """First rewards [n] of greedy completions of held-out prompts; their mean is the accuracy."""
+    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
     texts, ids = [], []
     with common.autocast(args), common.gathered(model):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            new_texts, new_ids = common.decode(tokenizer, *completions[:2])
+            new_texts, new_ids = common.decode(tokenizer, *completions[:3], step)
             texts += new_texts
             ids += new_ids
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    first, *_ = components.values()
-    return first
+    return {f"eval/{name}": values for name, values in components.items()}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -299,7 +298,7 @@ def main(args: Args) -> dict[str, float]:
     run = common.Run(args)
     # whole in each process and in float32, as it is differentiated twice; FSDP's parameters cannot be
     float32 = replace(args, dtype="float32")
-    model, tokenizer = common.load_model(args.model, common.pick_device(args), float32, whole=True)
+    model, tokenizer = common.load_model(args.model, args.device, float32, whole=True)
     old_model = common.load_model(args.model, model.device, float32, whole=True)[0]  # the policy that sampled
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     ref_model = common.load_reference(args, model) if args.beta else None
@@ -308,7 +307,7 @@ def main(args: Args) -> dict[str, float]:
 
     run.start(model=(model, None))
     if run.done == 0:
-        run.log(0, {"eval/accuracy": evaluate(run, 0, model, tokenizer, eval_rows, score, args)})
+        run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
         # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
         rows = common.take_batch(train_rows, step, args)
@@ -321,7 +320,7 @@ def main(args: Args) -> dict[str, float]:
         run.lap("rollout")
 
         # 2. score
-        texts, ids = common.decode(tokenizer, completion_ids, completion_mask)
+        texts, ids = common.decode(tokenizer, completion_ids, completion_mask, sampled_logprobs, step)
         rewards, components = score([row for row in rows for _ in range(G)], texts, ids)
         rewards = rewards.to(model.device)  # [B]; NaN where nothing could score the completion,
         completion_mask[rewards.isnan()] = 0.0  # which then takes no part in the update, though its length is logged
@@ -331,7 +330,8 @@ def main(args: Args) -> dict[str, float]:
         # 3. advantages, after the KL to the starting model is taken off the rewards
         shaped_rewards = rewards
         if args.beta:
-            kl = (sampled_logprobs - batch_logprobs(ref_model, batch, args)) * completion_mask  # [B, T]
+            own, ref = (batch_logprobs(one, batch, [torch.arange(len(rows))], args) for one in (model, ref_model))
+            kl = (own - ref) * completion_mask  # [B, T]; not the sampler's log-probs, whose rounding is another
             shaped_rewards = rewards - args.beta * kl.sum(1)  # [B]
         advantages = compute_advantages(shaped_rewards, samples_per_prompt=G, baseline=args.baseline)  # [B]
 
@@ -390,7 +390,7 @@ def main(args: Args) -> dict[str, float]:
             metrics["kl/ref"] = kl[completion_mask > 0]
         run.log_samples(step, "train", tokenizer, rows[:1] * G, texts, components)
         if step % args.eval_every == 0 or step == args.num_steps:
-            metrics["eval/accuracy"] = evaluate(run, step, model, tokenizer, eval_rows, score, args)
+            metrics |= evaluate(run, step, model, tokenizer, eval_rows, score, args)
         run.log(step, metrics)
         run.save(step)
     return run.finish(model, tokenizer)

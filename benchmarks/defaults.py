@@ -52,13 +52,13 @@ def run(command: list[str], seed: int) -> dict:
         subprocess.run([sys.executable, f"{command[0]}.py", *flags], cwd=REPO, check=True, capture_output=True)
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         args = json.loads(Path(folder, "args.json").read_text())
-    rows = [row for row in rows if "eval/accuracy" in row]
+    rows = [row for row in rows if "eval/exact_answer" in row]
     per_step = args["prompts_per_step"] * {"sft": 1, "dpo": 2}.get(command[0], args.get("samples_per_prompt"))
     return {
         "seed": seed,
         "samples": [row["step"] * per_step for row in rows],
         "seconds": [round(row["time/total"], 2) for row in rows],
-        "accuracy": [round(row["eval/accuracy"], 4) for row in rows],
+        "accuracy": [round(row["eval/exact_answer"], 4) for row in rows],
     }
 
 

@@ -38,7 +38,8 @@ class Args:
 def main(args: Args) -> None:
     rows, _ = common.load_data(args.data, "", 1, columns=("prompt",))
     score = common.load_reward(args.reward, ())
-    device, autocast = common.pick_device(args), common.autocast(args)
+    flags = common.check_args(rs.Args(device=args.device, dtype=args.dtype))
+    device, autocast = flags.device, common.autocast(flags)
     model, tokenizer = common.load_model(args.model, device)
     common.transformers.set_seed(args.seed)
     random.shuffle(rows)

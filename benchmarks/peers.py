@@ -127,7 +127,7 @@ def ours(name, model, device, size):
         return evaluate(run, step, model, tokenizer, rows if step else rows[:1], *rest)
 
     module.evaluate = last
-    accuracy = module.main(args)["eval/accuracy"]
+    accuracy = next(value for name, value in module.main(args).items() if name.startswith("eval/"))
     ends[-1] = None  # after the evaluation
     return {
         "ends": ends,
@@ -260,8 +260,8 @@ def trls(name, model, device, size):
     score = common.load_reward(("exact_answer",), ())
     silent = type("Silent", (), {"log_samples": lambda *a: None})()
     small = held_out if model == "models/arithmetic" else held_out[:1]
-    args = sft.Args(device=device, prompts_per_step=64, max_new_tokens=size["tokens"])
-    accuracy = sft.evaluate(silent, 0, trained, tokenizer, small, score, args).nanmean().item()
+    args = common.check_args(sft.Args(device=device, prompts_per_step=64, max_new_tokens=size["tokens"]))
+    accuracy = sft.evaluate(silent, 0, trained, tokenizer, small, score, args)["eval/exact_answer"].nanmean().item()
     return {"ends": ends, "rollouts": rollouts[:-1], "tokens": tokens, "memory": memory, "accuracy": accuracy}
 
 

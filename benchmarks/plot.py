@@ -17,7 +17,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PANELS = {  # the first six that the runs have are drawn
-    "eval/accuracy": "held-out accuracy, greedy",
     "reward/mean": "mean reward of the samples",
     "loss/sft": "loss, per target token",
     "loss/dpo": "loss, per pair",
@@ -53,7 +52,9 @@ def main(args: Args) -> None:
         if not (run / "metrics.jsonl").is_file():
             raise SystemExit(f"{run}: not the folder of a run")
     rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in args.runs]
-    panels = [name for name in PANELS if any(row.get(name) is not None for run in rows for row in run)][:6]
+    headlines = dict.fromkeys(name for run in rows for name in run[0] if name.startswith("eval/"))
+    titles = {name: f"held-out {name[5:]}, greedy" for name in headlines} | PANELS
+    panels = [name for name in titles if any(row.get(name) is not None for run in rows for row in run)][:6]
     plt.rcParams |= {"font.family": "sans-serif", "font.size": 9, "axes.edgecolor": "#999999", "text.color": "#222222"}
     plt.rcParams |= {"xtick.color": "#666666", "ytick.color": "#666666", "axes.labelcolor": "#666666"}
     figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.4), constrained_layout=True)
@@ -63,14 +64,14 @@ def main(args: Args) -> None:
             if not points:
                 continue
             steps, values = zip(*points)
-            if name == "eval/accuracy":
+            if name in headlines:
                 axis.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
             else:
                 axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
                 axis.plot(steps, smooth(values, len(values) // 10), color=colour, linewidth=1.8, label=label)
-        axis.set_title(PANELS[name], loc="left", fontsize=10)
+        axis.set_title(titles[name], loc="left", fontsize=10)
         if axis.dataLim.ymin >= 0:
-            axis.set_ylim(0, 1.02 if name == "eval/accuracy" else None)
+            axis.set_ylim(0, 1.02 if name in headlines and axis.dataLim.ymax <= 1 else None)
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right", "left"]].set_visible(False)

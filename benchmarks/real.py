@@ -88,6 +88,12 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
+    """(step, value) of the first evaluated reward."""
+    headline = next(name for name in rows[0] if name.startswith("eval/"))
+    return [(row["step"], row[headline]) for row in rows if headline in row]
+
+
 def minutes_of(rows: list[dict]) -> float:
     """Of a step: the median, which another process beside it moves least; without evaluations."""
     parts = [[row.get(f"time/{part}", 0) for part in ("rollout", "score", "update")] for row in rows if row["step"]]
@@ -104,7 +110,7 @@ def table(out: Path, names: list[str], problems: int) -> str:
     lines = ["| run | before | after | best | completions | tokens | minutes | GB |", "|" + "---|" * 8]
     for name in names:
         rows = read(out / name / "metrics.jsonl")
-        accuracy = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
+        accuracy = [value for _, value in evaluations(rows)]
         error = (accuracy[-1] * (1 - accuracy[-1]) / problems) ** 0.5
         lengths = [row["completion/length"] for row in rows if "time/rollout" in row]
         sequences = sequences_of(out / name)
@@ -140,7 +146,7 @@ def draw(out: Path, names: list[str]) -> None:
         for name in [name for name in runs.split() if name in names]:
             rows = read(out / name / "metrics.jsonl")
             scale = {"minutes": minutes_of(rows), "completions": sequences_of(out / name), "steps": 1}[unit]
-            points = [(row["step"] * scale, row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
+            points = [(step * scale, value) for step, value in evaluations(rows)]
             axis.plot(*zip(*points), label=name, color=colours[name], marker="o", markersize=3)
         axis.set(title=title, xlabel=unit, ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)

@@ -75,8 +75,8 @@ def memory_peak(device):
 
 def measure(name, device_name, prompts, samples, prompt_tokens, tokens, vocab_size):
     """Seconds, shares of the roof and memory of one rollout and one forward and backward pass of the same sizes."""
-    args = grpo.Args(device=device_name)
-    device, autocast = common.pick_device(args), common.autocast(args)
+    args = common.check_args(grpo.Args(device=device_name))
+    device, autocast = torch.device(args.device), common.autocast(args)
     model = build(name, device, vocab_size)
     V, B = model.config.get_text_config().vocab_size, prompts * samples
     multiplying = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n)

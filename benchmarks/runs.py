@@ -13,7 +13,8 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     print("| run | steps | before | after | best | seconds | GB |\n|---|---|---|---|---|---|---|")
     for run in runs:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        accuracies = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
+        headline = next(name for name in rows[0] if name.startswith("eval/"))
+        accuracies = [row[headline] for row in rows if headline in row]
         measured = " | ".join(f"{value:.3f}" for value in (accuracies[0], accuracies[-1], max(accuracies)))
         memory = max(row.get("memory/peak", 0) for row in rows)
         print(f"| {run.name} | {rows[-1]['step']} | {measured} | {rows[-1]['time/total']:.0f} | {memory:.2f} |")

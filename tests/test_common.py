@@ -72,7 +72,7 @@ def test_padding_is_by_length_as_stop_and_pad_may_be_one_token(tokenizer):
     assert prompt_ids.tolist() == [[5, 6, 7], [0, 0, 8]] and prompt_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert completion_ids.tolist() == [[9, 0, 0], [0, 0, 0], [9, 9, 9], [0, 0, 0]]
     assert completion_mask.tolist() == [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
-    texts, ids = common.decode(tokenizer, completion_ids, completion_mask)
+    texts, ids = common.decode(tokenizer, completion_ids, completion_mask, completion_mask, 1)
     assert ids == [[9, 0], [0], [9, 9, 9], [0, 0, 0]] and texts == [
         tokenizer.decode([9]),
         "",
@@ -97,7 +97,6 @@ def test_load_model_settles_dtype_dropout_stops_and_padded_vocabulary(tmp_path, 
 
 @pytest.mark.parametrize(("dtype", "enabled"), [("auto", False), ("float32", False), ("bfloat16", True)])
 def test_on_a_cpu_passes_are_in_float32_unless_asked(dtype, enabled):
-    args = sft.Args(dtype=dtype, device="cpu")
+    args = common.check_args(sft.Args(dtype=dtype, device="cpu"))
     with common.autocast(args):
         assert torch.is_autocast_enabled("cpu") is enabled
-    assert common.pick_device(args) == CPU

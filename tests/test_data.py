@@ -84,8 +84,8 @@ def test_every_turn_of_the_assistant_is_learned_and_no_other(chat):
     [
         ({"messages": [turn("user", "a")]}, '"completion" is missing or empty'),
         ({"messages": [turn("user", "a"), *A, *B]}, "two answers of the assistant in turn"),
-        ({"prompt": "a", "completion": [turn("assistant", "", tool_calls=[])]}, "not a message with role and content"),
-        ({"prompt": "a", "completion": [turn("assistant", "")]}, "not a message with role and content"),
+        ({"prompt": "a", "completion": [turn("assistant", "", tool_calls=[])]}, "a message without content"),
+        ({"prompt": "a", "completion": [turn("assistant", "")]}, "a message without content"),
         ({"text": "a b"}, '"prompt" is missing or empty'),
     ],
 )
@@ -243,14 +243,16 @@ def test_tables_through_datasets(tmp_path):
         {"prompt": [turn("user", "a")], "tools": tools, "answer": 1},
         {"prompt": [call, turn("user", "b")], "tools": [], "answer": None},
     ]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
-    train, held_out = common.load_data(str(tmp_path / "d.parquet"), "", 9, ("prompt",))
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "train.parquet")
+    train, held_out = common.load_data(str(tmp_path / "set"), "", 9, ("prompt",))
     read = sorted(train + held_out, key=lambda row: len(row["prompt"]))
     assert [row["prompt"] for row in read] == [[turn("user", "a")], [call | {"content": ""}, turn("user", "b")]]
     assert [row["tools"] for row in read] == [tools, []]  # without Arrow's null, which it puts where a key is missing
     assert [row["answer"] for row in read] == [1, None]
-    (tmp_path / "d.csv").write_text('prompt,answer\n"a, b",85\nc,\n', encoding="utf-8-sig")
-    read = rows_of(str(tmp_path / "d.csv"))
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "d.csv").write_text('prompt,answer\n"a, b",85\nc,\n', encoding="utf-8-sig")
+    read = rows_of(str(tmp_path / "table"))
     assert [row["prompt"] for row in read] == ["a, b", "c"]
     assert common.exact_answer(["85", "85"], answer=[row.get("answer") for row in read]) == [1.0, None]
 

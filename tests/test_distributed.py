@@ -88,7 +88,7 @@ JOBS = {
     "ppo-lora": {"lora_rank": 2, "gradient_checkpointing": True},
     "ppo-target": {"num_epochs": 4, "target_kl": 1e-4},
     "grpo": {"num_epochs": 2, "beta": 0.1},
-    "grpo-dapo": {"loss_type": "dapo"},
+    "grpo-dapo": {"loss_type": "dapo", "oversample": 1},  # each process chooses among its own prompts
     "grpo-lora": {"beta": 0.1, "lora_rank": 2},
     # more than an epoch, with log-probs kept from the first one, whose last step has rows of the next one
     "dpo": {"num_steps": 6, "prompts_per_step": 10},
@@ -217,12 +217,12 @@ def test_the_readmes_command_writes_and_says_everything_once(tmp_path):
     done = launch("grpo.py", "--output-dir", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "0").read_text() != (tmp_path / "1").read_text()
-    lines = [line for line in done.stdout.splitlines() if "held-out accuracy" in line]
+    lines = [line for line in done.stdout.splitlines() if "held-out drawn" in line]
     assert len(lines) == 1 and lines[0].endswith(f"model in {tmp_path / 'run' / 'model'}")
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
     files = {"args.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "model"}
     assert {file.name for file in (tmp_path / "run").iterdir()} == files
-    accuracy = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["eval/accuracy"] * 41
+    accuracy = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["eval/drawn"] * 41
     assert accuracy == pytest.approx(round(accuracy), abs=1e-6)  # a mean over all 41, not of two halves' means
 
 

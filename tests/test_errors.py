@@ -66,8 +66,8 @@ def test_bad_rows_are_named_before_a_model_is_loaded(script, tmp_path, no_model)
         ((GOOD, GOOD), "too few rows"),  # one prompt, which is held out
         ((GOOD, {name: GOOD[name] for name in GOOD if name != column}), f'd.jsonl, row 2: "{column}" is missing'),
         ((GOOD, GOOD | {column: ""}), f'd.jsonl, row 2: "{column}" is missing or empty'),
-        ((GOOD, GOOD | {"prompt": [turn("user", "")]}), "d.jsonl, row 2: not a message with role and content"),
-        ((GOOD, GOOD | {"prompt": [turn("assistant", None)]}), "d.jsonl, row 2: not a message"),
+        ((GOOD, GOOD | {"prompt": [turn("user", "")]}), "d.jsonl, row 2: a message without content"),
+        ((GOOD, GOOD | {"prompt": [turn("assistant", None)]}), "d.jsonl, row 2: a message without content"),
     ]:
         assert message in message_of(script, tmp_path, data=write(tmp_path / "d.jsonl", *rows))
 
@@ -131,12 +131,14 @@ def test_a_model_that_could_not_sample(tmp_path, tokenizer, monkeypatch):
         with pytest.raises(SystemExit, match=message):
             common.load_model(str(folder), CPU)
 
-    refused("no KV cache", MambaForCausalLM(MambaConfig(**SIZES)))
+    refused("its KV cache, or", MambaForCausalLM(MambaConfig(**SIZES)))
     tokenizer.eos_token = None
     refused("no stop token")
     tokenizer.eos_token, tokenizer.chat_template = END, "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
     tokenizer.add_tokens([f"<x{i}>" for i in range(60)] + ["<turn>"], special_tokens=True)
-    refused("<turn>: not in the embedding")
+    model, tokenizer = common.load_model(str(folder_of(tmp_path, tokenizer)), CPU)
+    with pytest.raises(SystemExit, match="it knows ids below 300"):
+        common.check_prompts(model, tokenizer, [{"prompt": "hello"}, {"prompt": "<turn>"}], 1)
     logits_of = common.logits_of
     monkeypatch.setattr(common, "logits_of", lambda model, hidden: 2 * logits_of(model, hidden))
     with pytest.raises(SystemExit, match=r"common\.logits_of"):

@@ -235,4 +235,4 @@ def test_a_verifier_that_returns_nonsense_is_refused(tmp_path, value):
     (tmp_path / "v.py").write_text(f"def v(prompts, completions, **columns):\n    return [{value}]\n")
     function = common.load_function("v.py:v", folder=tmp_path)
     with pytest.raises(SystemExit, match="verifier v: returned"):
-        grape.call_verifier("v", function, [{"prompt": "p"}], [""])
+        grape.call_verifier({"name": "v", "verifier": function}, [{"prompt": "p"}], [""], None)

@@ -26,8 +26,8 @@ def test_a_run_is_reduced_to_its_evaluations(tmp_path, monkeypatch):
 
     def pretend(command, **settings):
         folder = Path(command[command.index("--output-dir") + 1])
-        steps = [{"step": 0, "time/total": 1.234, "eval/accuracy": 0.25}, {"step": 1, "time/total": 2.0}]
-        steps += [{"step": 2, "time/total": 3.0, "eval/accuracy": 0.75}]
+        steps = [{"step": 0, "time/total": 1.234, "eval/exact_answer": 0.25}, {"step": 1, "time/total": 2.0}]
+        steps += [{"step": 2, "time/total": 3.0, "eval/exact_answer": 0.75}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
         (folder / "args.json").write_text(json.dumps({"prompts_per_step": 3, "samples_per_prompt": 4}))
 

@@ -32,8 +32,8 @@ def test_one_command_trains_and_goes_on_where_it_stopped(tmp_path):
     shutil.rmtree(out / "grpo" / "model")  # as if cut off before its end
     kept = (out / "ppo" / "model" / "config.json").stat().st_mtime_ns
     done = real(out)
-    assert done.returncode == 0 and done.stdout.count("grpo: held-out accuracy") == 1, done.stderr[-2000:]
-    assert "ppo: held-out accuracy" not in done.stdout
+    assert done.returncode == 0 and done.stdout.count("grpo: held-out exact_answer") == 1, done.stderr[-2000:]
+    assert "ppo: held-out exact_answer" not in done.stdout
     assert (out / "ppo" / "model" / "config.json").stat().st_mtime_ns == kept
 
     done = real(out, "--num-steps", "9")

@@ -168,7 +168,7 @@ def test_messages_are_answered_by_messages_and_none_scores_nothing(monkeypatch):
         assert prompts[0] == [turn("user", "q")] and completions[0] == [turn("assistant", "a")]
         return [2.0 if one == "red" else None for one in colour]
 
-    monkeypatch.setitem(common.REWARDS, "judge", judge)
+    monkeypatch.setattr(common, "judge", judge, raising=False)
     rows = [{"prompt": [turn("user", "q")], "colour": "red"}, {"prompt": [turn("user", "q")]}]  # a column of one row
     rewards, components = common.load_reward(("judge",), (0.5,))(rows, ["a", "b"])
     assert rewards[0] == 1.0 and rewards[1].isnan() and components["judge"][0] == 2.0
@@ -179,7 +179,7 @@ def test_messages_are_answered_by_messages_and_none_scores_nothing(monkeypatch):
 def test_numbers_of_any_library(monkeypatch):
     values = [np.float32(0.5), np.int64(2), np.bool_(True), torch.tensor(0.25), True, 3]
     for returned in (values, np.array(values, float), torch.tensor(np.array(values, float)), tuple(values)):
-        monkeypatch.setitem(common.REWARDS, "r", lambda value=returned, **columns: value)
+        monkeypatch.setattr(common, "r", lambda value=returned, **columns: value, raising=False)
         assert scores_of("r", ROWS * 3, TEXTS * 3, IDS * 3) == [0.5, 2.0, 1.0, 0.25, 1.0, 3.0]
 
 
@@ -193,7 +193,7 @@ def test_a_reward_changes_nobodys_data(monkeypatch):
         return [1.0] * len(prompts)
 
     for name in ("first", "second"):
-        monkeypatch.setitem(common.REWARDS, name, greedy)
+        monkeypatch.setattr(common, name, greedy, raising=False)
     row, ids = {"prompt": [turn("user", "q")], "tags": ["t"]}, [[1], [2]]
     score = common.load_reward(("first", "second"), ())
     for _ in range(2):  # two samples of one prompt, two rewards, twice
@@ -215,7 +215,7 @@ def test_what_a_run_hands_to_a_reward(tmp_path, monkeypatch):
         seen.append(len(prompts))
         return [1.0] * len(prompts)
 
-    monkeypatch.setitem(common.REWARDS, "judge", judge)
+    monkeypatch.setattr(common, "judge", judge, raising=False)
     small = {"num_steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4, "eval_prompts": 3, "temperature": 3.0}
     grpo.main(grpo.Args(reward=("judge",), output_dir=str(tmp_path / "run"), dtype="bfloat16", **small))
     assert seen == [3, 16, 3]

@@ -139,6 +139,27 @@ def scored(model, completions, width=6, temperature=0.7):
 
 
 @pytest.mark.parametrize("shares_prompts", [True, False])
+def test_the_kv_cache_is_of_autocasts_dtype(monkeypatch):
+    """Rotary embeddings make keys float32: the cache would be twice as large, and be cast anew for each token."""
+    model, caches = random_model("llama"), []
+    forward = type(model).forward
+
+    def spy(self, **inputs):
+        output = forward(self, **inputs)
+        caches.append(
+            [tensor.dtype for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        )
+        return output
+
+    monkeypatch.setattr(type(model), "forward", spy)
+    ids = torch.tensor([[1, 2, 3]])
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grpo.rollout(model, ids, torch.ones_like(ids), max_new_tokens=3, samples_per_prompt=2, temperature=1.0)
+        assert set(caches[-1]) == {dtype}
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # whose gradients may be NaN
+
+
 def test_equal_prompts_are_computed_once(model, shares_prompts):
     """The tokens that the trunk is given are counted; test_batches.py has their gradient."""
     given, model.shares_prompts = [], shares_prompts

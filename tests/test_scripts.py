@@ -50,7 +50,7 @@ def test_learns(script, steps, target, tmp_path, capsys):
     else:
         SCRIPTS[script].main(tyro.cli(SCRIPTS[script].Args, args=flags))
         printed = capsys.readouterr().out
-    pattern = rf"{script}: held-out accuracy (\d\.\d+) -> (\d\.\d+) in \d+ s, model in {re.escape(str(out))}/model"
+    pattern = rf"{script}: held-out exact_answer (\d\.\d+) -> (\d\.\d+) in \d+ s, model in {re.escape(str(out))}/model"
     before, after = map(float, re.fullmatch(pattern, printed.strip().splitlines()[-1]).groups())
     assert 0.15 <= before <= 0.35 and after >= target
     assert printed.startswith("step 0     'What is ")
@@ -59,7 +59,7 @@ def test_learns(script, steps, target, tmp_path, capsys):
     assert json.loads((out / "args.json").read_text())["num_steps"] == steps
     assert {row["step"] for row in read_jsonl(out / "samples.jsonl")} >= {0, steps}
     names = {name for row in metrics for name in row}
-    assert {"eval/accuracy", "tokens_per_second", "time/update", "time/total", "completion/length"} <= names
+    assert {"eval/exact_answer", "tokens_per_second", "time/update", "time/total", "completion/length"} <= names
     if script in SAMPLING:
         assert {"reward/mean", "completion/truncated", "group/zero_std", "policy/entropy"} <= names
         assert ("reward/right" if script == "grape" else "reward/exact_answer") in names
@@ -112,25 +112,56 @@ def test_micro_batch_size_changes_nothing(script, tmp_path):
 
 @pytest.mark.parametrize("script", ["ppo", "grpo", "grape"])
 def test_ratio_is_1_on_the_first_minibatch(script, tmp_path, monkeypatch):
-    """To the last bit, though the sampler's own log-probs are others, as a KV cache's or another engine's may be."""
-    module, ratios = SCRIPTS[script], []
-    policy_loss, rollout = module.policy_loss, module.rollout
+    """To the last bit in each micro-batch: in bfloat16, log-probs made beside other rows would be others."""
+    module, seen = SCRIPTS[script], []
+    policy_loss = module.policy_loss
+
+    def spy(logprobs, old_logprobs, *args, **settings):
+        seen.append((logprobs.detach(), old_logprobs))
+        return policy_loss(logprobs, old_logprobs, *args, **settings)
+
+    monkeypatch.setattr(module, "policy_loss", spy)
+    settings = {"num_epochs": 3, "num_minibatches": 2, "micro_batch_size": 24, "learning_rate": 1e-3}
+    run(script, tmp_path / "run", prompts_per_step=16, temperature=0.7, dtype="bfloat16", **settings)
+    passes = [seen[start : start + 6] for start in (0, 6, 12)]  # 3 epochs of 2 minibatches of 3 micro-batches
+    assert all((new == old).all() for new, old in passes[0][:3])
+    assert all((new - old).abs().max() > 0.01 for new, old in [*passes[1], *passes[2]])
+    assert all((first == last).all() for (_, first), (_, last) in zip(passes[0], passes[2]))  # frozen at the rollout
+
+
+@pytest.mark.parametrize("script", ["reinforce", "trpo", "ppo", "grpo", "grape"])
+def test_the_kl_to_the_start_is_0_at_the_start_whatever_the_sampler_says(script, tmp_path, monkeypatch):
+    """Both log-probs are of one kind of pass: a KV cache's in bfloat16, or another engine's, differ from it."""
+    rollout = SCRIPTS[script].rollout
 
     def another_engine(*args, **settings):
         ids, mask, logprobs, truncated = rollout(*args, **settings)
         return ids, mask, logprobs - 0.05 * mask, truncated
 
-    def spy(logprobs, old_logprobs, *args, **settings):
-        ratios.append(((logprobs - old_logprobs).abs().max().item(), old_logprobs.sum(1).sort().values))
-        return policy_loss(logprobs, old_logprobs, *args, **settings)
+    monkeypatch.setattr(SCRIPTS[script], "rollout", another_engine)
+    settings = {"beta": 0.1, "dtype": "bfloat16", "micro_batch_size": 12, "prompts_per_step": 8}
+    assert run(script, tmp_path / "run", **settings)["kl/ref"] == 0.0
 
-    monkeypatch.setattr(module, "rollout", another_engine)
-    monkeypatch.setattr(module, "policy_loss", spy)
-    settings = {"num_epochs": 3, "num_minibatches": 1, "learning_rate": 1e-3, "temperature": 0.7, "dtype": "bfloat16"}
-    run(script, tmp_path / "run", prompts_per_step=16, **settings)
-    assert len(ratios) == 3
-    assert ratios[0][0] == 0.0 and ratios[1][0] > 0.01 and ratios[2][0] > 0.01
-    assert (ratios[0][1] == ratios[2][1]).all()  # frozen at the rollout, in each pass in an order of its own
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_of_logits_that_are_not_finite_nothing_is_drawn(script, tmp_path, monkeypatch):
+    """Of NaN a sampler draws some token: in a step that is the vocabulary's last one, in an evaluation the first."""
+    load_model, take_batch, models, bad = common.load_model, common.take_batch, [], 2 if script in SAMPLING else 0
+
+    def load(*args, **settings):
+        models.append(load_model(*args, **settings))
+        return poison() if bad == 0 else models[-1]
+
+    def poison():
+        models[0][0].get_input_embeddings().weight.data.fill_(math.nan)
+        return models[-1]
+
+    monkeypatch.setattr(common, "load_model", load)
+    monkeypatch.setattr(
+        common, "take_batch", lambda rows, step, args: (step == bad and poison(), take_batch(rows, step, args))[1]
+    )
+    with pytest.raises(FloatingPointError, match=f"step {bad}: logits that are not finite"):
+        run(script, tmp_path / "run", num_steps=3, eval_every=3)
 
 
 @pytest.mark.parametrize("script", SAMPLING)
@@ -149,6 +180,38 @@ def test_seconds_in_a_reward_are_the_scores_and_not_the_updates(script, tmp_path
     flags = judged_by(script, tmp_path, f"import time\ndef judge(prompts, completions, **columns):\n    {judge}\n")
     metrics = run(script, tmp_path / "run", prompts_per_step=2, samples_per_prompt=2, eval_prompts=1, **flags)
     assert metrics["time/score"] >= 2.0 > metrics["time/update"] + metrics["time/rollout"] > 0
+
+
+def test_of_three_times_the_prompts_those_that_do_not_tie_are_trained(tmp_path, monkeypatch):
+    """DAPO's dynamic sampling: as many prompts as without it, filled up with tied ones where too few differ."""
+    rollouts, trained, rollout, policy_loss = [], [], grpo.rollout, grpo.policy_loss
+    monkeypatch.setattr(grpo, "rollout", lambda *a, **k: rollouts.append(rollout(*a, **k)) or rollouts[-1])
+    monkeypatch.setattr(grpo, "policy_loss", lambda *a, **k: trained.append(a[3].view(4, -1)) or policy_loss(*a, **k))
+    differs = {"many": lambda i: i % 2, "few": lambda i: i == 5}
+    for name, function in differs.items():
+        scores = [float(function(i) and j == 0) for i in range(12) for j in range(8)]
+        own = lambda completions, scores=scores, **columns: scores if len(completions) > 2 else [0.0] * 2  # noqa: E731
+        monkeypatch.setattr(common, name, own, raising=False)
+        settings = {"loss_type": "dapo", "reward": (name,), "eval_every": 9, "num_minibatches": 1, "beta": 0.01}
+        run("grpo", tmp_path / name, mask_truncated=False, **settings)
+        assert len(rollouts[-2][0]) == 12 * 8  # before the last evaluation
+    many, few = trained
+    assert [int((advantages != 0).any(1).sum()) for advantages in (many, few)] == [4, 1]
+
+
+def test_a_completion_that_was_cut_off_is_left_out_where_asked(tmp_path, monkeypatch):
+    """DAPO's overlong filtering: of the loss and its denominator, not of the group's mean nor of the lengths."""
+    losses, rollouts, rollout, policy_loss = [], [], grpo.rollout, grpo.policy_loss
+    monkeypatch.setattr(grpo, "rollout", lambda *a, **k: rollouts.append(rollout(*a, **k)) or rollouts[-1])
+    monkeypatch.setattr(grpo, "policy_loss", lambda *a, **k: losses.append((a, k)) or policy_loss(*a, **k))
+    monkeypatch.setattr(common, "turns", lambda prompts, **columns: [i % 3 for i in range(len(prompts))], raising=False)
+    settings = {"max_new_tokens": 3, "num_minibatches": 1, "beta": 0.01, "eval_every": 9, "reward": ("turns",)}
+    metrics = run("grpo", tmp_path / "run", mask_truncated=True, **settings)
+    _, mask, _, truncated = rollouts[-2]
+    (*_, advantages, kept), more = losses[0]
+    assert 0 < truncated.sum() < 32 and kept.sum() == mask[~truncated].sum() and not kept[truncated.argsort()[-1]].sum()
+    assert more["normalizer"] == (~truncated).sum() and (advantages[truncated.nonzero()] != 0).any()
+    assert metrics["completion/length"] == pytest.approx((kept.sum() + 3 * truncated.sum()).item() / 32)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "gspo", "cispo"])
@@ -244,10 +307,10 @@ def test_settings_are_those_of_the_papers():
         "gspo": (3e-4, 4e-4, "std", 0.0),  # arXiv 2507.18071, section 5.1
         "cispo": (1.0, 4.0, "std", 0.0),  # arXiv 2510.13786: a ratio of at most 5
     }
-    assert {name: tuple(settings.values()) for name, settings in grpo.PAPER_SETTINGS.items()} == papers
-    assert {tuple(settings) for settings in grpo.PAPER_SETTINGS.values()} == {
-        ("clip_low", "clip_high", "scale", "beta")
-    }
+    names = ("clip_low", "clip_high", "scale", "beta")
+    assert {x: tuple(settings[name] for name in names) for x, settings in grpo.PAPER_SETTINGS.items()} == papers
+    more = {x: {**settings} for x, settings in grpo.PAPER_SETTINGS.items() if len(settings) > 4}
+    assert {x: list(settings.values())[4:] for x, settings in more.items()} == {"dapo": [3, True]}
     defaults = grape.Args()
     assert (defaults.clip_low, defaults.clip_high, defaults.scale, defaults.beta) == papers["grpo"]
     assert dpo.PAPER_BETA == {"sppo": 0.001, "simpo": 2.0}
@@ -277,6 +340,7 @@ def test_a_changed_copy_is_found_and_carried_to_its_twins():
 def test_flags_of_one_name_mean_one_thing():
     """Type and help of a flag that several scripts have; defaults may differ."""
     seen, own = {}, {"beta", "max_length", "loss_type"}  # of rewards or of the loss; of rows or of completions
+    own |= {"clip_low", "clip_high", "scale"}  # in grpo.py the loss type's
     for script in SCRIPTS:
         flag = r"^    (\w+): ([^=\n]+?)(?: \| None)? = [^#\n]*  # (.+)$"  # None where another flag sets the default
         lines = re.findall(flag, (REPO / f"{script}.py").read_text(), re.MULTILINE)
@@ -303,7 +367,7 @@ def test_each_flag_has_a_help_of_its_own(script, capsys):
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "trpo"])
-def test_learning_rate_warms_up_and_falls_to_0(script, tmp_path, monkeypatch):
+def test_learning_rate_warms_up_and_falls_to_0_or_stays(script, tmp_path, monkeypatch):
     rates, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
     names = {"num_epochs", "num_minibatches"} & {field.name for field in dataclasses.fields(SCRIPTS[script].Args)}
@@ -312,6 +376,8 @@ def test_learning_rate_warms_up_and_falls_to_0(script, tmp_path, monkeypatch):
     rates = rates[:: 2 if script == "ppo" else 1]  # its value model has an optimizer of its own
     logged = [row["learning_rate"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")[1:]]
     assert logged == rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
+    args = SCRIPTS[script].Args(num_steps=4, warmup_steps=2, lr_schedule="constant")
+    assert [common.decay(args, step) for step in range(1, 5)] == [0.5, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("script", ["reinforce", "trpo", "ppo"])
@@ -325,7 +391,7 @@ def test_the_kl_to_the_starting_model_is_taken_off_the_rewards(script, tmp_path,
     compute, rollout = getattr(module, name), module.rollout
     monkeypatch.setattr(module, name, lambda x, *a, **k: seen.append(x.clone()) or compute(x, *a, **k))
     monkeypatch.setattr(module, "rollout", lambda *a, **k: rollouts.append((a, rollout(*a, **k))) or rollouts[-1][1])
-    monkeypatch.setitem(common.REWARDS, "two", lambda prompts, **columns: [2.0, 0.0] * (len(prompts) // 2))
+    monkeypatch.setattr(common, "two", lambda prompts, **columns: [2.0, 0.0] * (len(prompts) // 2), raising=False)
     settings = {"num_steps": 2, "prompts_per_step": 16, "samples_per_prompt": 4, "beta": 0.5, "temperature": 0.8}
     settings |= {} if script == "trpo" else {"learning_rate": 1e-3}
     run(script, tmp_path / "run", reward=("two",), eval_every=9, max_new_tokens=4, **settings)

@@ -131,8 +131,8 @@ def close(got, wanted, tolerance=1e-6):  # the rollout's own log-probs, in the K
     torch.testing.assert_close(got, wanted, atol=tolerance * wanted.abs().max().item(), rtol=1e-4)
 
 
-def check_metrics(recording):
-    """The metrics of the last step, counted completion by completion."""
+def check_metrics(recording, parts=(range(6 * G),)):
+    """The metrics of the last step, counted completion by completion; the KL is the mean of its minibatches."""
     rollout, metrics = recording.rollouts[-1], recording.metrics[-1]
     rewards, completions, scored = rollout.rewards, rollout.completions, rollout.scored()
     assert scored and all(None in rollout.rewards for rollout in recording.rollouts)
@@ -147,8 +147,10 @@ def check_metrics(recording):
         "completion/length": sum(map(len, completions)) / len(completions),
         "completion/truncated": sum(truncated) / len(truncated),
         "group/zero_std": sum(None not in group and len(set(group)) == 1 for group in groups) / len(groups),
-        "kl/ref": sum((sampled[i] - ref[i]).sum() for i in scored).item() / tokens,
     }
+    scored = [rollout.scored(part) for part in parts]
+    kl = [sum((sampled[i] - ref[i]).sum() for i in rows).item() / rollout.tokens(rows) for rows in scored]
+    expected["kl/ref"] = sum(kl) / len(kl)
     for name in expected.keys() & metrics.keys():
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
     assert "kl/ref" in metrics or not getattr(recording.args, "beta", 0)
@@ -226,9 +228,9 @@ def test_trpo(record, monkeypatch):
 
 
 def minibatches(recording, passes):
-    """The completions of each update, whose prompts are shuffled in each epoch; those of a prompt stay together."""
-    assert all(sorted(order.tolist()) == list(range(6)) for order in recording.orders)
-    chunks = [chunk.tolist() for order in recording.orders for chunk in order.chunk(passes)]
+    """The completions of each update, the same in each epoch of a rollout; those of a prompt stay together."""
+    assert len(recording.orders) == 2 and all(sorted(order.tolist()) == list(range(6)) for order in recording.orders)
+    chunks = [chunk.tolist() for order in recording.orders for _ in range(passes) for chunk in order.chunk(passes)]
     return [[prompt * G + sample for prompt in chunk for sample in range(G)] for chunk in chunks]
 
 
@@ -258,7 +260,7 @@ def grpo_by_hand(recording, passes, beta):
     last = outside[-(passes**2) :]
     assert (sum(last) > 0) == (len(last) > 1)  # with one update of a rollout the ratio is 1 and nothing is clipped
     assert recording.metrics[-1]["policy/clip_frac"] == pytest.approx(sum(last) / len(last), abs=1e-6)
-    check_metrics(recording)
+    check_metrics(recording, minibatches(recording, passes)[-passes:])
 
 
 @pytest.mark.parametrize("passes, beta", [(2, BETA), (1, BETA), (1, 0.0)])
@@ -378,10 +380,10 @@ def test_sft(record, tokenizer, chat_data, monkeypatch):
         close(update.gradient, flat_gradient(-total / sum(map(len, completions)), update.model))
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 5])
-def test_dpo(record, tokenizer, chat_data, monkeypatch, micro_batch_size):
+@pytest.mark.parametrize("micro_batch_size, weight", [(1, 0.0), (5, 0.3)])
+def test_dpo(record, tokenizer, chat_data, monkeypatch, micro_batch_size, weight):
     batches = spy(monkeypatch, dpo, "pair_batch")
-    recording = record(dpo, micro_batch_size=micro_batch_size, beta=BETA)
+    recording = record(dpo, micro_batch_size=micro_batch_size, beta=BETA, sft_weight=weight)
     known = list(templates(tokenizer, chat_data, "chosen", "rejected"))
     assert len(recording.updates) == 2
     for update, metrics, ((pairs, _), *_) in zip(recording.updates, recording.metrics, batches[-2:]):
@@ -394,4 +396,6 @@ def test_dpo(record, tokenizer, chat_data, monkeypatch, micro_batch_size):
         for name, expected in zip(("logps/chosen", "logps/rejected"), logps.mean(0).tolist()):
             assert metrics[name] == pytest.approx(expected)
         h = (logps - ref.detach()) @ torch.tensor([1.0, -1.0])
-        close(update.gradient, flat_gradient(-(BETA * h).sigmoid().log().mean(), update.model))
+        nll = -logps[:, 0] / torch.tensor([len(completion) for _, completion in rows[::2]])  # arXiv 2404.19733, eq. 1
+        loss = (weight * nll - (BETA * h).sigmoid().log()).mean()
+        close(update.gradient, flat_gradient(loss, update.model))
