@@ -410,9 +410,9 @@ def without_ties(prompts: torch.Tensor, advantages: torch.Tensor) -> torch.Tenso
     return prompts[tied.int().argsort(stable=True)[:count].sort().values]
 
 
-def decode(tokenizer, ids, mask, logprobs, step: int) -> tuple[list[str], list[list[int]]]:
+def decode(tokenizer, ids, mask, logprobs=None, step: int = 0) -> tuple[list[str], list[list[int]]]:
     """What the mask keeps of each row of a rollout: texts without special tokens, and ids."""
-    if not logprobs.isfinite().all():  # of NaN the sampler draws the vocabulary's last token
+    if logprobs is not None and not logprobs.isfinite().all():  # of NaN the sampler draws the vocabulary's last token
         raise FloatingPointError(f"step {step}: logits that are not finite, in the rollout or the evaluation")
     kept = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in kept], kept

@@ -146,7 +146,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         log_softmax = (common.logits_of(model, hidden).float() / temperature).log_softmax(-1)  # [k, V]
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
-    size = 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size + 1
+    size = max(1, 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size)
     if len(targets) > 4 * size:  # too many to hold
         of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])

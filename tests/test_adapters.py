@@ -15,11 +15,11 @@ import pytest
 import torch
 from conftest import sample_in_float32
 from safetensors.torch import load_file
-from test_scripts import SCRIPTS, read_jsonl
+from test_scripts import FEW, SCRIPTS, read_jsonl
 from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
-SMALL = {"prompts_per_step": 4, "eval_prompts": 4, "eval_every": 2, "num_steps": 2, "save_every": 2}
+SMALL = {"prompts_per_step": 4, "eval_prompts": 4, "eval_every": 2, "num_steps": 2, "save_every": 2, "data": FEW}
 
 
 def logits(model, tokenizer):

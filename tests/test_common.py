@@ -72,7 +72,7 @@ def test_padding_is_by_length_as_stop_and_pad_may_be_one_token(tokenizer):
     assert prompt_ids.tolist() == [[5, 6, 7], [0, 0, 8]] and prompt_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert completion_ids.tolist() == [[9, 0, 0], [0, 0, 0], [9, 9, 9], [0, 0, 0]]
     assert completion_mask.tolist() == [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
-    texts, ids = common.decode(tokenizer, completion_ids, completion_mask, completion_mask, 1)
+    texts, ids = common.decode(tokenizer, completion_ids, completion_mask)
     assert ids == [[9, 0], [0], [9, 9, 9], [0, 0, 0]] and texts == [
         tokenizer.decode([9]),
         "",

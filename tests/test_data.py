@@ -13,11 +13,12 @@ import torch
 import transformers
 from conftest import CHAT_TEMPLATE, random_model
 from safetensors.torch import load_file
+from test_scripts import FEW
 from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
 
 CPU = torch.device("cpu")
-SMALL = {"num_steps": 1, "prompts_per_step": 2, "eval_prompts": 2}
+SMALL = {"num_steps": 1, "prompts_per_step": 2, "eval_prompts": 2, "data": FEW}
 END = "<|endoftext|>"
 TOOLS = "{% if tools %}<tools>{% for tool in tools %}{{ tool.function | tojson }}{% endfor %}{% endif %}"
 TOOLS += "{% if style %}<{{ style }}>{% endif %}" + CHAT_TEMPLATE.replace(

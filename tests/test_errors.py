@@ -11,10 +11,10 @@ from conftest import random_model
 from safetensors.torch import load_file, save_file
 from test_data import CPU, END, SIZES, folder_of, turn, write
 from test_runs import Killed, die_at
-from test_scripts import REPO, SAMPLING, SCRIPTS
+from test_scripts import FEW, REPO, SAMPLING, SCRIPTS
 from transformers import MambaConfig, MambaForCausalLM
 
-SMALL = {"num_steps": 2, "prompts_per_step": 2, "eval_prompts": 2}
+SMALL = {"num_steps": 2, "prompts_per_step": 2, "eval_prompts": 2, "data": FEW}
 
 
 def message_of(script, tmp_path, **settings):

@@ -82,28 +82,6 @@ def test_reinforce_in_expectation_over_all_groups(baseline, share):
     close(-oracle.gradient(loss), share * oracle.policy_gradient(rewards_of(oracle)))
 
 
-def test_leave_one_out_has_less_variance_than_no_baseline():
-    """E |g - E g|^2 of a group's gradient estimate, over all groups of 3."""
-    oracle = oracle_of()
-    groups, probability = all_groups(oracle, 3)
-    jacobian = torch.stack([oracle.gradient(logp) for logp in oracle.logp])  # [M, n]
-    exact = oracle.policy_gradient(rewards_of(oracle))
-
-    def variance(baseline):
-        rewards = rewards_of(oracle)[groups].view(-1)
-        advantages = reinforce.compute_advantages(rewards, samples_per_prompt=3, baseline=baseline).view(-1, 3)
-        gram = jacobian @ jacobian.T
-        pairs = gram[groups[:, :, None], groups[:, None, :]]  # [K, 3, 3]
-        squares = (advantages[:, :, None] * advantages[:, None, :] * pairs).sum((1, 2)) / 9
-        return ((probability * squares).sum() - exact @ exact).item()
-
-    none, leave_one_out = variance("none"), variance("leave_one_out")
-    # of independent samples without a baseline it is a third of one sample's, which needs no groups
-    one = (oracle.p.detach() * rewards_of(oracle).square() * jacobian.square().sum(1)).sum() - exact @ exact
-    assert none == pytest.approx(one.item() / 3)
-    assert 0 < leave_one_out < 0.8 * none
-
-
 # GRPO
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.2}

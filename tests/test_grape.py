@@ -107,16 +107,6 @@ def test_critic_is_read_by_its_yes_and_no(tokenizer):
     assert all(part in critic.batches[0][1] for part in ("Add.", "1 + 1?", "{answer}"))
 
 
-def test_a_chat_critic_is_asked_by_a_message_of_its_own(tokenizer):
-    """By the row's settings of the template, whatever the prompt was."""
-    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}|{{ mood }}]{{ m['content'] }}{% endfor %}[end]"
-    rows = [{"prompt": "6 * 7?", "chat_template_kwargs": {"mood": mood}} for mood in ("calm", "brisk", "calm")]
-    critic = FakeCritic(tokenizer)
-    grape.ask_critic(critic, tokenizer, "Right?", rows, ["42"] * 3, batch_size=4)
-    question = grape.CRITIC_PROMPT.format(prompt="6 * 7?", completion="42", question="Right?")
-    assert critic.batches == [[f"[user|{mood}]{question}[end]" for mood in ("calm", "brisk")]]
-
-
 def test_critic_prompts_do_not_depend_on_the_batch_and_one_too_long_gets_no_score(tokenizer):
     model = random_model("gpt2", vocab_size=257, max_position_embeddings=128)  # absolute: padding would show
     torch.nn.init.normal_(model.lm_head.weight, std=0.02)  # flat enough for yes and no to have 1 %
@@ -181,7 +171,7 @@ def test_each_category_has_its_rubric(tmp_path):
 
 def test_one_item_of_confidence_1_is_grpo_to_the_last_bit(tmp_path):
     path = write_rubric(tmp_path, "r", [{"name": "right", "weight": 0.3, "verifier": "exact_answer"}])
-    settings = {"num_steps": 4, "prompts_per_step": 4, "eval_prompts": 8, "num_epochs": 2, "num_minibatches": 2}
+    settings = {"num_steps": 3, "prompts_per_step": 4, "eval_prompts": 2, "num_epochs": 2, "num_minibatches": 2}
     grpo.main(grpo.Args(**settings, output_dir=str(tmp_path / "grpo")))
     grape.main(grape.Args(**settings, rubric=(path,), output_dir=str(tmp_path / "grape")))
     first, second = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("grpo", "grape"))

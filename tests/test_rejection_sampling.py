@@ -65,8 +65,3 @@ def test_only_what_is_kept_is_learned_from(tmp_path, monkeypatch):
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
     assert metrics["select/kept"] == pytest.approx(len(kept) / 30)
     assert metrics["select/prompts"] == pytest.approx(len(kept) / 6) and metrics["select/reward"] == 1.0
-
-
-def test_random_is_blind_to_the_rewards():
-    for seed in range(20):
-        assert kept("random", seed=seed) == kept("random", seed=seed, rewards=1 - REWARDS)

@@ -138,7 +138,6 @@ def scored(model, completions, width=6, temperature=0.7):
     return logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("shares_prompts", [True, False])
 def test_the_kv_cache_is_of_autocasts_dtype(monkeypatch):
     """Rotary embeddings make keys float32: the cache would be twice as large, and be cast anew for each token."""
     model, caches = random_model("llama"), []
@@ -160,6 +159,7 @@ def test_the_kv_cache_is_of_autocasts_dtype(monkeypatch):
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # whose gradients may be NaN
 
 
+@pytest.mark.parametrize("shares_prompts", [True, False])
 def test_equal_prompts_are_computed_once(model, shares_prompts):
     """The tokens that the trunk is given are counted; test_batches.py has their gradient."""
     given, model.shares_prompts = [], shares_prompts

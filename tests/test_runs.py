@@ -99,46 +99,6 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
     assert outcome(tmp_path / "killed") == whole("sft", **SMALL)
 
 
-# A process that has imported everything and computed nothing; what it forks is a run that starts at once.
-KILLER = """
-import json, os, random, signal, sys, time
-import common, grpo, torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-folder, settings, chance = sys.argv[1], json.loads(sys.argv[2]), random.Random(int(sys.argv[3]))
-checkpoint, kills, before = os.path.join(folder, "checkpoint", "state.pt"), 0, 0
-while True:
-    begun = os.path.exists(os.path.join(folder, "args.json"))
-    start, child = time.time(), os.fork()
-    if child == 0:
-        grpo.main(grpo.Args(resume=folder) if begun else grpo.Args(output_dir=folder, **settings))
-        os._exit(0)
-    seconds = chance.uniform(0.0, 2.5 * (1 + kills / 10) if kills else 0.3)  # so that slow machines get on, too
-    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.time() - start < seconds:
-        time.sleep(0.002)
-    if ended == (child, 0):
-        break
-    assert ended == (0, 0), "a run ended by itself"
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    kills += 1
-    if os.path.exists(checkpoint):
-        step = torch.load(checkpoint, weights_only=True)["step"]
-        assert step >= before, (step, before)
-        before = step
-print("kills", kills)
-"""
-# 30 steps of about 0.1 s, a third of it the save; a start takes 0.5 s
-
-
-def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path):
-    settings = SMALL | {"num_steps": 30, "save_every": 1, "samples_per_prompt": 4, "eval_every": 30}
-    done = run_python("-c", KILLER, tmp_path / "killed", json.dumps(settings), time.time_ns(), cwd=REPO)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) >= 1
-    assert outcome(tmp_path / "killed") == whole("grpo", **settings)
-
-
 @pytest.mark.parametrize("moment", ["torch.save", "os.fsync", "os.replace"])
 def test_a_kill_during_a_save_leaves_the_last_good_checkpoint(moment, tmp_path):
     """Killed in the save of step 4, halfway through its bytes, or when they are all written but not yet in place."""

@@ -1,14 +1,11 @@
 """TRPO's parts against linear algebra on explicit matrices, and the bound in a real run."""
 
-import copy
-import json
-
 import common
 import trpo
 
 import pytest
 import torch
-from conftest import random_model, sample_in_float32
+from conftest import random_model
 
 V = 5
 PROMPT, PROMPT_MASK = torch.tensor([[1, 2], [0, 3]]), torch.tensor([[1, 1], [0, 1]])
@@ -55,19 +52,6 @@ def test_fisher_vector_product_is_the_explicit_fisher_times_the_vector(small_mod
     torch.testing.assert_close(fvp_of(small_model, vector), expected, atol=1e-5 * scale, rtol=1e-4)
     damped = fvp_of(small_model, vector, damping=0.3)
     torch.testing.assert_close(damped, expected + 0.3 * vector, atol=1e-5 * scale, rtol=1e-4)
-
-
-def test_a_kl_of_1e_8_can_be_measured_with_a_model_in_float32(small_model, monkeypatch):
-    """As well as in float64: what its probabilities lack of 1, some 1e-7, does not count as a part of the KL."""
-    other = copy.deepcopy(small_model)
-    with torch.no_grad():
-        other.lm_head.weight.mul_(1.0003)
-    surrogate, kl = trpo.surrogate_and_kl(other, small_model, CHUNKS, temperature=0.7)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    exact = trpo.surrogate_and_kl(other.double(), small_model.double(), CHUNKS, temperature=0.7)
-    assert 1e-8 < exact[1] < 1e-7
-    assert kl.item() == pytest.approx(exact[1].item(), rel=0.01)
-    assert surrogate.item() == pytest.approx(exact[0].item(), abs=2e-6)
 
 
 def test_conjugate_gradient_solves():
@@ -126,23 +110,6 @@ def test_line_search_refuses_what_is_not_finite():
     assert parameter.item() == 1.0
 
 
-def test_measured_kl_never_passes_the_bound(tmp_path, monkeypatch):
-    searches, line_search = [], trpo.line_search
-    monkeypatch.setattr(trpo, "line_search", lambda m, *a, **k: searches.append(m()) or line_search(m, *a, **k))
-    run(tmp_path, num_steps=6, prompts_per_step=8, max_kl=0.05, eval_every=6, eval_prompts=8, micro_batch_size=10)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
-    assert len(searches) == sum("kl/old" in row for row in rows)  # a step without a gradient has nothing to search
-    bounds = [0.05 * (1 - step / 6) for step in range(6)]
-    assert len(searches) >= 3 and all(abs(kl) < 1e-6 for _, kl in searches)  # each from the policy that sampled
-    searched = [(row, bound) for row, bound in zip(rows, bounds) if "kl/old" in row]
-    assert all(row["kl/old"] <= bound for row, bound in searched)
-    assert sum(row["kl/old"] > 0.1 * bound for row, bound in searched) >= 3  # and uses it
-    for row, bound in searched:
-        assert row["kl/predicted"] == pytest.approx(row["line_search/fraction"] ** 2 * bound)
-        assert row["line_search/failed"] == (row["line_search/fraction"] == 0)
-        assert row["cg/residual"] >= 0
-
-
 def test_a_failed_search_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(trpo, "surrogate_and_kl", lambda *a, **k: (0.0, 0.0))  # never rises
     metrics = run(tmp_path, num_steps=2, prompts_per_step=16, eval_prompts=4)
@@ -150,17 +117,6 @@ def test_a_failed_search_changes_nothing(tmp_path, monkeypatch):
     before = common.load_model("models/arithmetic", torch.device("cpu"))[0].state_dict()
     after = common.load_model(str(tmp_path / "run" / "model"), torch.device("cpu"))[0].state_dict()
     assert all((before[name] == after[name]).all() for name in before)
-
-
-def test_a_small_step_has_the_kl_that_is_predicted(tmp_path, monkeypatch, double):
-    """sqrt(2 d / x'Fx) x: with F over the whole batch, the KL measured after it tends to d as d does to 0.
-
-    The share is 0.986 for d = 1e-4, 0.995 for 1e-6, 0.998 for 1e-7 and 0.9994 for 1e-8: the third order.
-    """
-    sample_in_float32(trpo, monkeypatch)
-    metrics = run(tmp_path, num_steps=1, prompts_per_step=16, max_kl=1e-8, fisher_samples=4, eval_prompts=2)
-    assert metrics["line_search/fraction"] == 1.0
-    assert metrics["kl/old"] == pytest.approx(1e-8, rel=0.01) == metrics["kl/predicted"]
 
 
 def test_float32_tells_whether_a_step_is_within_a_small_bound(tmp_path):
