@@ -8,12 +8,11 @@ to first order in L and second in D. F, the Hessian of D at pi_old (the Fisher m
 with: conjugate gradient solves (F + damping) x = grad L, and the step is sqrt(2 d / x'Fx) x, of which D is predicted to
 be d. It is halved until L has risen and D is within d, both measured anew; if that never happens the parameters stay as
 they are. The KL is exact, over the whole vocabulary: samples would make it noise. All is float32, but grad L on a GPU.
-Source: arXiv 1502.05477, section 6 and appendix C; arXiv 2509.04501, section on TRPO. Simplified: the bound falls
-linearly to 0, as the learning rate does elsewhere.
+Source: arXiv 1502.05477, section 6, appendix C; arXiv 2509.04501, section on TRPO. Simplified: the bound falls to 0.
 
     python trpo.py
-    python trpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --max-kl 1e-3 \\
-        --micro-batch-size 8 --max-new-tokens 512 --eval-every 50 --eval-prompts 100
+    python trpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --max-kl 0.04 --cg-iterations 2 \\
+        --prompts-per-step 8 --samples-per-prompt 16 --micro-batch-size 8 --max-new-tokens 256 --eval-prompts 100
 
 A row of the .jsonl file: {"prompt": [{"role": "user", "content": "What is 37 + 48?"}], "answer": "85"}
 """
@@ -62,7 +61,7 @@ class Args:
     beta: float = 0.0  # weight of the KL to the starting model in the rewards; 0 loads no second model
     max_kl: float = 0.02  # bound on an update's KL, the mean over tokens; it falls linearly to 0
     fisher_samples: int = 1  # completions of each prompt in the Fisher matrix (arXiv 1502.05477, appendix C: a tenth)
-    damping: float = 0.1  # added to the diagonal of the Fisher matrix in conjugate gradient
+    damping: float = 0.3  # added to the Fisher matrix's diagonal, as a part of its curvature along the gradient
     cg_iterations: int = 5  # iterations of conjugate gradient, at most
     cg_tolerance: float = 0.05  # conjugate gradient ends at a residual of this part of the gradient
     max_backtracks: int = 10  # halvings of a step before the update is given up
@@ -361,8 +360,9 @@ def main(args: Args) -> dict[str, float]:
                 for _, inputs in common.micro_batches(fisher_batch, everything, args.micro_batch_size)
             ]
             fvp = partial(fisher_vector_product, factors, parameters)
+            damping = args.damping * (gradient @ fvp(gradient)) / (gradient @ gradient)  # of the curvature along it
             x, residual = conjugate_gradient(
-                partial(fvp, damping=args.damping), gradient, iterations=args.cg_iterations, tolerance=args.cg_tolerance
+                partial(fvp, damping=damping), gradient, iterations=args.cg_iterations, tolerance=args.cg_tolerance
             )
             full_step = (2 * max_kl / (x @ fvp(x))).sqrt() * x
             del factors, fvp  # the search needs their graphs' memory

@@ -34,7 +34,7 @@ RUNS = {  # name: script and flags, or another run and what it has besides; the 
     "reinforce": f"reinforce {SAMPLED} {ADAM}",
     "grpo": f"grpo {SAMPLED} {ADAM} --beta 0",
     "ppo": f"ppo {SAMPLED} {ADAM} --beta 0 --value-learning-rate 5e-5 --num-epochs 1",
-    "trpo": f"trpo {SAMPLED} --max-kl 0.04 --damping 100 --cg-iterations 2 --num-steps {{half}}",
+    "trpo": f"trpo {SAMPLED} --max-kl 0.08 --cg-iterations 2 --num-steps {{half}}",
     "dpo": "dpo --data {data}/pairs.jsonl --prompts-per-step {prompts} --learning-rate 5e-6 --warmup-steps 5 "
     "--beta 0.5",
     "grape": f"grape {SAMPLED} {ADAM} --beta 0 --rubric {{rubric}} --critic-model {{model}}",

@@ -282,7 +282,7 @@ trpo.py test_exact.py::test_fisher_vector_product_over_all_completions
 
 D11: Conjugate gradient solves the damped system. (sb3-contrib#38)
 trpo.py test_update.py::test_trpo
--partial(fvp, damping=args.damping), gradient
+-partial(fvp, damping=damping), gradient
 +fvp, gradient
 
 D12: A failed search restores the parameters. (tianshou#1287, modular_rl#7)

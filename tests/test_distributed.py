@@ -77,22 +77,18 @@ RUBRICS["two"] += [{"name": "asked", "weight": 1.0, "question": "Is it right?"}]
 # Of each script an update or several of the whole batch: orders of minibatches differ from process to process.
 JOBS = {
     "sft": {"prompts_per_step": 6},
-    "sft-checkpointing": {"prompts_per_step": 6, "gradient_checkpointing": True},
     "rejection_sampling": {"strategy": "threshold", "threshold": 0.9},
     "rejection_sampling-batch": {"strategy": "best_of_batch"},
     "reinforce": {"beta": 0.1},
     "reinforce-opt": {"beta": 0.1, "lora_rank": 2, "micro_batch_size": 4, "model": "opt"},
     "trpo": {"beta": 0.1, "max_kl": 0.001},
-    "trpo-lora": {"lora_rank": 2, "max_kl": 0.001},
     "ppo": {"value_clip_range": 1.0},
     "ppo-lora": {"lora_rank": 2, "gradient_checkpointing": True},
-    "ppo-target": {"num_epochs": 4, "target_kl": 1e-4},
     "grpo": {"num_epochs": 2, "beta": 0.1},
     "grpo-dapo": {"loss_type": "dapo", "oversample": 1},  # each process chooses among its own prompts
     "grpo-lora": {"beta": 0.1, "lora_rank": 2},
     # more than an epoch, with log-probs kept from the first one, whose last step has rows of the next one
     "dpo": {"num_steps": 6, "prompts_per_step": 10},
-    "dpo-lora": {"lora_rank": 2},
     "grape": {},
     "grape-batch": {"confidence_scope": "batch"},
     # a prompt for each process and step: in some steps only one of them has a question for the critic

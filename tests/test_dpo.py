@@ -3,7 +3,6 @@
 import json
 import math
 
-import common
 import dpo
 
 import pytest
@@ -99,28 +98,6 @@ def test_runs_with_each_loss(loss_type, tmp_path):
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def test_the_reference_of_each_pair_is_the_start_in_every_epoch(tmp_path, monkeypatch):
-    """Over three epochs, in which the policy moves far: a pair's two numbers are always its own and the start's."""
-    model, _ = common.load_model("models/arithmetic", torch.device("cpu"))
-    given, dpo_loss, token_logprobs = [], dpo.dpo_loss, dpo.token_logprobs
-
-    def logprobs_of(policy, *inputs, **settings):
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                given.append(token_logprobs(model, *inputs, **settings).sum(1).view(-1, 2))  # [n, 2] of the start
-        return token_logprobs(policy, *inputs, **settings)
-
-    def loss_of(*logps, **settings):
-        torch.testing.assert_close(torch.stack(logps[2:], 1), given[-1], atol=1e-4, rtol=0)
-        return dpo_loss(*logps, **settings)
-
-    monkeypatch.setattr(dpo, "token_logprobs", logprobs_of)
-    monkeypatch.setattr(dpo, "dpo_loss", loss_of)
-    rows = [{"prompt": f"What is {i} + 9?", "chosen": f" {i + 9}", "rejected": f" {i + 8}"} for i in range(10, 22)]
-    metrics = run(tmp_path, data=write(tmp_path / "d.jsonl", rows), num_steps=6, learning_rate=1e-3)
-    assert len(given) == 6 * 2 and abs(metrics[-1]["reward/margin"]) > 0.1  # two micro-batches a step
 
 
 def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path, capsys):

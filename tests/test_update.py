@@ -195,6 +195,20 @@ def test_reinforce(record, beta):
     check_metrics(recording)
 
 
+def fisher_product(rollout, vector):
+    """F v = J' diag(pi) (J v), J v by the difference of two policies a small step apart, of 2 completions a prompt."""
+    moved, length = [copy.deepcopy(rollout.model) for _ in range(2)], 1e-5 / vector.abs().max()
+    for model, sign in zip(moved, (length, -length)):
+        weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        torch.nn.utils.vector_to_parameters(weights + sign * vector, model.parameters())
+    some, total = [i for i in rollout.scored() if i % G < 2], 0.0
+    for i in some:
+        row = (rollout.prompts[i], rollout.completions[i], TEMPERATURE)
+        plus, minus, log_softmax = (plain_log_softmax(model, *row) for model in (*moved, rollout.model))
+        total = total + ((log_softmax.exp() * (plus - minus) / (2 * length)).detach() * log_softmax).sum()
+    return flat_gradient(total / rollout.tokens(some), rollout.model)
+
+
 def test_trpo(record, monkeypatch):
     products, conjugate_gradient = [], trpo.conjugate_gradient
 
@@ -211,18 +225,8 @@ def test_trpo(record, monkeypatch):
         surrogate = sum(a * x.sum() for a, x in zip(advantages, logprobs)) / rollout.tokens(rollout.scored())
         close(b, flat_gradient(surrogate, rollout.model))
         learned += G * prompts_with(advantages)
-        # F v = J' diag(pi) (J v), J v by the difference of two policies a small step apart, of 2 completions a prompt
-        moved = [copy.deepcopy(rollout.model) for _ in range(2)]
-        for model, sign in zip(moved, (1e-5, -1e-5)):
-            weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-            torch.nn.utils.vector_to_parameters(weights + sign * vector, model.parameters())
-        some, total = [i for i in rollout.scored() if i % G < 2], 0.0
-        for i in some:
-            row = (rollout.prompts[i], rollout.completions[i], TEMPERATURE)
-            plus, minus, log_softmax = (plain_log_softmax(model, *row) for model in (*moved, rollout.model))
-            total = total + ((log_softmax.exp() * (plus - minus) / 2e-5).detach() * log_softmax).sum()
-        expected = flat_gradient(total / rollout.tokens(some), rollout.model) + 0.3 * vector
-        close(product, expected, tolerance=1e-5)
+        f_b, f_vector = fisher_product(rollout, b), fisher_product(rollout, vector)
+        close(product, f_vector + 0.3 * (b @ f_b) / (b @ b) * vector, tolerance=1e-5)  # damped
     assert recording.learned == learned < 2 * 6 * G
     check_metrics(recording)
 
