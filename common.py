@@ -49,20 +49,20 @@ if RANK > 0:  # the first process speaks for all
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients may be NaN (pytorch/pytorch#196678, huggingface/trl#7181)
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+ADVICE = {  # said once, where one of these metrics is 1
+    "completion/truncated": "every completion was cut off; raise --max-new-tokens, or the model never ends",
+    "group/zero_std": "the completions of each prompt scored alike: nothing to learn; too hard, or too easy?",
+}
 
 
-def keys_like_values(update):
-    """A cache layer's update. Rotary embeddings leave keys in float32 under autocast, and with them the cache: twice
-    the memory, and a cast of all of it for each token."""
-
-    def narrow(self, keys, values, *args, **settings):
-        return update(self, keys.to(values.dtype), values, *args, **settings)
-
-    return narrow
+def narrow_keys(layer) -> None:
+    """Keys in the dtype of values: under autocast rotary embeddings leave them, and so the cache, in float32."""
+    update = layer.update
+    layer.update = lambda self, keys, values, *x, **y: update(self, keys.to(values.dtype), values, *x, **y)
 
 
-for layer in (DynamicLayer, DynamicSlidingWindowLayer):
-    layer.update = keys_like_values(layer.update)
+narrow_keys(DynamicLayer)
+narrow_keys(DynamicSlidingWindowLayer)
 
 
 def check_args(args):
@@ -518,7 +518,7 @@ class Run:
     def __init__(self, args) -> None:
         self.args, self.name = args, Path(sys.modules[type(args).__module__].__file__).stem
         self.done, self.stopping, self.start_time = 0, False, time.perf_counter()
-        self.writer, self.shown, self.times = None, {}, {}
+        self.writer, self.shown, self.times, self.advice = None, {}, {}, ADVICE.copy()
         if WORLD_SIZE > 1:
             backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backends, timeout=timedelta(hours=1))  # the others wait where one writes or judges
@@ -608,6 +608,8 @@ class Run:
             raise SystemExit("--reward: the first one scored no held-out completion: it returned None for each of them")
         if math.isnan(metrics.get("reward/mean", 0.0)):
             tqdm.write(f"step {step}: no reward could score any completion, so nothing was learned of them")
+        for name in [name for name in self.advice if metrics.get(name) == 1.0]:
+            tqdm.write(f"step {step}: {self.advice.pop(name)}")
         shown = ("reward/mean", "loss/sft", headline, "kl/ref", "tokens_per_second")
         self.shown |= {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
         self.bar.set_postfix(self.shown, refresh=False)

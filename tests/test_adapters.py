@@ -130,7 +130,7 @@ def test_adapters_merged_by_peft_are_an_ordinary_model(tmp_path):
         train(grpo, tmp_path / "refused", model=str(folder / "model"))
 
 
-@pytest.mark.parametrize("module", [sft, ppo, trpo], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [sft, grpo], ids=lambda module: module.__name__)
 def test_a_resumed_run_with_adapters_is_the_uninterrupted_one(module, tmp_path, monkeypatch):
     longer, take_batch = {"num_steps": 4, "lora_rank": 2}, common.take_batch
     whole = train(module, tmp_path / "whole", **longer)

@@ -26,8 +26,6 @@ from test_scripts import FEW, REPO, read_jsonl
 from test_update import doubt, judge
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -78,7 +76,6 @@ RUBRICS["two"] += [{"name": "asked", "weight": 1.0, "question": "Is it right?"}]
 JOBS = {
     "sft": {"prompts_per_step": 6},
     "rejection_sampling": {"strategy": "threshold", "threshold": 0.9},
-    "rejection_sampling-batch": {"strategy": "best_of_batch"},
     "reinforce": {"beta": 0.1},
     "reinforce-opt": {"beta": 0.1, "lora_rank": 2, "micro_batch_size": 4, "model": "opt"},
     "trpo": {"beta": 0.1, "max_kl": 0.001},
@@ -220,20 +217,6 @@ def test_the_readmes_command_writes_and_says_everything_once(tmp_path):
     assert {file.name for file in (tmp_path / "run").iterdir()} == files
     accuracy = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["eval/drawn"] * 41
     assert accuracy == pytest.approx(round(accuracy), abs=1e-6)  # a mean over all 41, not of two halves' means
-
-
-def test_a_mistake_on_one_process_ends_all(tmp_path):
-    (tmp_path / "bad.py").write_text(
-        "import os\n"
-        "def bad(completions, **columns):\n"
-        "    assert os.environ['RANK'] == '0' or len(completions) < 5, 'the dog ate it'  # in a step\n"
-        "    return [1.0] * len(completions)\n"
-    )
-    start, flags = time.monotonic(), ["--data", FEW, "--eval-prompts", 8, "--num-steps", 9]
-    done = launch("reinforce.py", "--output-dir", tmp_path / "run", *flags, "--reward", f"{tmp_path}/bad.py:bad")
-    assert done.returncode != 0 and time.monotonic() - start < 90
-    assert "AssertionError: the dog ate it" in done.stderr
-    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_ctrl_c_on_one_process_saves_on_all(tmp_path):

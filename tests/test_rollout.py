@@ -140,7 +140,7 @@ def scored(model, completions, width=6, temperature=0.7):
 
 def test_the_kv_cache_is_of_autocasts_dtype(monkeypatch):
     """Rotary embeddings make keys float32: the cache would be twice as large, and be cast anew for each token."""
-    model, caches = random_model("llama"), []
+    model, caches, ids = random_model("llama"), [], torch.tensor([[1, 2, 3]])
     forward = type(model).forward
 
     def spy(self, **inputs):
@@ -151,7 +151,6 @@ def test_the_kv_cache_is_of_autocasts_dtype(monkeypatch):
         return output
 
     monkeypatch.setattr(type(model), "forward", spy)
-    ids = torch.tensor([[1, 2, 3]])
     for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             grpo.rollout(model, ids, torch.ones_like(ids), max_new_tokens=3, samples_per_prompt=2, temperature=1.0)

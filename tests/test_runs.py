@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -232,13 +233,14 @@ def test_runs_of_one_moment_have_folders_of_their_own(tmp_path, monkeypatch):
 def test_the_terminal_shows_what_a_model_says_and_takes_no_command_of_it(tmp_path, capsys, tokenizer):
     run = common.Run(SCRIPTS["sft"].Args(output_dir=str(tmp_path / "run")))
     run.start()
-    said, scores = (
-        ["\x1b[2J\x07\r85\x9b", *"abc"],
-        {"right": torch.tensor([1.0, 0, 0, 0]), "long": torch.tensor([0.5] * 4)},
-    )
+    said = ["\x1b[2J\x07\r85\x9b", *"abc"]
+    scores = {"right": torch.tensor([1.0, 0, 0, 0]), "long": torch.tensor([0.5] * 4)}
     run.log_samples(0, "eval", tokenizer, [{"prompt": "a\nb"}] * 4, said, scores)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == r"step 0     'a\nb' -> '\x1b[2J\x07\r85\x9b' | right 1 long 0.5"
     assert len(lines) == 3  # the first ones; samples.jsonl has all
+    for step in (1, 2):
+        run.log(step, {"completion/truncated": torch.ones(3), "group/zero_std": torch.tensor([1.0, 0.0])})
+    assert re.findall("step .*", capsys.readouterr().out) == [f"step 1: {common.ADVICE['completion/truncated']}"]
     rows = read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert [row["completion"] for row in rows] == said and [row["right"] for row in rows] == [1, 0, 0, 0]
