@@ -293,8 +293,8 @@ trpo.py test_trpo.py::test_line_search
 
 D13: A warm-up reaches the learning rate: it is no factor of the decay.
 common.py test_cases.py::test_a_warm_up_reaches_the_rate
--return min(1.0, step / max(1, args.warmup_steps), left if args.lr_schedule == "linear" else 1.0)
-+return min(1.0, step / max(1, args.warmup_steps)) * min(1.0, left)
+-left = (args.num_steps + 1 - step) / max(1, args.num_steps - args.warmup_steps)
++left = min(1.0, step / max(1, args.warmup_steps)) * (args.num_steps + 1 - step) / args.num_steps
 
 E1: Sums of log-probs; means for IPO and SimPO. (open-instruct#483, trl#1265)
 dpo.py test_golden.py::test_dpo_losses
@@ -375,7 +375,7 @@ trpo.py test_distributed.py::test_two_processes_update_as_one_does[trpo]
 +return product + damping * vector
 
 P4: A process that kept fewer completions runs the same passes, on rows without weight.
-rejection_sampling.py test_distributed.py::test_two_processes_update_as_one_does[rejection_sampling]
+rejection_sampling.py test_distributed.py::test_two_processes_update_as_one_does[rejection_sampling-batch]
 -completion_mask[minibatch] * (minibatch >= 0)[:, None]
 +completion_mask[minibatch]
 

@@ -76,6 +76,7 @@ RUBRICS["two"] += [{"name": "asked", "weight": 1.0, "question": "Is it right?"}]
 JOBS = {
     "sft": {"prompts_per_step": 6},
     "rejection_sampling": {"strategy": "threshold", "threshold": 0.9},
+    "rejection_sampling-batch": {"strategy": "best_of_batch"},
     "reinforce": {"beta": 0.1},
     "reinforce-opt": {"beta": 0.1, "lora_rank": 2, "micro_batch_size": 4, "model": "opt"},
     "trpo": {"beta": 0.1, "max_kl": 0.001},
