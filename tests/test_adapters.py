@@ -74,7 +74,8 @@ def test_the_reference_is_the_start_though_the_adapters_were_trained(module, tmp
 
     monkeypatch.setattr(module, "token_logprobs", spy)
     monkeypatch.setattr(common, "load_reference", lambda *x: references.append(load_reference(*x)) or references[-1])
-    train(module, tmp_path / "run", lora_rank=4, beta=0.1)
+    folder = train(module, tmp_path / "run", lora_rank=4, beta=0.1, reward=("test_runs:draw",))
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["kl/ref"] != 0  # they have moved by then
     base = common.load_model("models/arithmetic", CPU)[0]
     batch, settings, result = seen[-1]
     with torch.no_grad():
