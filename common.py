@@ -142,10 +142,8 @@ def gathered(model):
 
 
 def load_model(path: str, device, args=None, *, whole: bool = False):
-    """A causal LM in float32 and its tokenizer, from a folder or a hub id; with the flags one that can be trained.
-
-    It stays in eval mode: with dropout a completion's log-probs would not come out the same twice (arXiv 2403.17031).
-    """
+    """A causal LM in float32 and its tokenizer, from a folder or a hub id; with the flags one that can be trained. It
+    stays in eval mode: with dropout a completion's log-probs would not come out the same twice (arXiv 2403.17031)."""
     if Path(path, "adapter_config.json").exists():
         raise SystemExit(f"{path}: adapters, not a model; merge them as docs/scaling.md shows")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -168,22 +166,26 @@ def load_model(path: str, device, args=None, *, whole: bool = False):
     stop_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template:
         text = render(tokenizer, {"prompt": [{"role": "user", "content": "WORDS"}]}, "WORDS")
-        ids = tokenizer(text.rpartition("WORDS")[2], add_special_tokens=False).input_ids
-        stop_ids |= {*[token for token in ids if token in tokenizer.added_tokens_decoder][:1]}
-    if not stop_ids or max(stop_ids) >= len(model.get_input_embeddings().weight):
-        raise SystemExit(f"{path}: no stop token, or one that is not in the embedding: {sorted(stop_ids)}")
+        ids, end = (tokenizer(x, add_special_tokens=False).input_ids for x in (text, text.rpartition("WORDS")[2]))
+        if max(ids) >= len(model.get_input_embeddings().weight):
+            raise SystemExit(f"{tokenizer.convert_ids_to_tokens(max(ids))}: not in the embedding; resize that first")
+        stop_ids |= {*[token for token in end if token in tokenizer.added_tokens_decoder][:1]}
+    if not stop_ids:
+        raise SystemExit(f"{path}: no stop token; set eos_token_id in its generation_config.json")
     model.generation_config.eos_token_id = sorted(stop_ids)
 
     # a token that is read with the KV cache must get the logits that it gets without
     ids, rows = torch.tensor([[0, 1, 0], [1, 0, 0]]), torch.tensor([1, 0, 1])
-    with torch.no_grad():
-        own = logits_of(model, model.base_model(input_ids=ids).last_hidden_state[rows, -1:])
-        cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
-        cache.reorder_cache(rows)
-        inputs = {"input_ids": ids[rows, 2:], "attention_mask": torch.ones_like(ids[rows])}
-        read = model(**inputs, past_key_values=cache).logits
-    if not torch.allclose(read, own, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
-        raise SystemExit(f"{path}: its KV cache, or common.logits_of, does not make the logits of its own pass")
+    try:
+        with torch.no_grad():
+            own = logits_of(model, model.base_model(input_ids=ids).last_hidden_state[rows, -1:])
+            cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
+            cache.reorder_cache(rows)
+            inputs = {"input_ids": ids[rows, 2:], "attention_mask": torch.ones_like(ids[rows])}
+            read = model(**inputs, past_key_values=cache).logits
+        torch.testing.assert_close(read, own, rtol=1e-3, atol=1e-3 * float(own.abs().max()))
+    except (AttributeError, RuntimeError, AssertionError) as error:
+        raise SystemExit(f"{path}: its KV cache, or common.logits_of, makes other logits than the model") from error
     # gradients may flow through a prompt's cache, but not through recurrent states
     model.shares_prompts = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
@@ -339,7 +341,8 @@ def completion_tokens(tokenizer, row: dict, completion: str | list[dict], stop_i
     one behind its own words, else EOS."""
     start, text = render(tokenizer, row), render(tokenizer, row, completion)
     stops = dict(zip(tokenizer.convert_ids_to_tokens(stop_ids), stop_ids))
-    answer, words = text[len(start) :], text_of(completion).strip()
+    answer, turns = text[len(start) :], completion if isinstance(completion, str) else completion[:1]
+    words = text_of(turns).strip()
     for stop in stops if isinstance(row["prompt"], str) else ():  # a text may have its stop token already
         words = words.removesuffix(stop)
     if words not in answer or not text.startswith(start):
@@ -360,12 +363,11 @@ def check_prompts(model, tokenizer, rows: list[dict], max_new_tokens: int) -> No
     """Refuse prompts that the model cannot read, or that leave no room for a completion."""
     if tokenizer.chat_template and any(isinstance(row["prompt"], str) for row in rows):
         print('the prompts are texts: no chat template is applied; for one give [{"role": "user", "content": "..."}]')
-    room, known = model.context_length - max_new_tokens, model.get_input_embeddings().num_embeddings
+    room = model.context_length - max_new_tokens
     for row in rows:
-        ids = prompt_tokens(tokenizer, row)
-        if not 0 < len(ids) <= room or max(ids) >= known:
-            has = f"the model's context has room for 1 to {room} and --max-new-tokens; it knows ids below {known}"
-            raise SystemExit(f"prompt {str(row['prompt'])[:80]!r}: {len(ids)} tokens, but {has}")
+        if not 0 < (length := len(prompt_tokens(tokenizer, row))) <= room:
+            needed = f"{length} tokens, but the model's context has room for 1 to {room} and --max-new-tokens"
+            raise SystemExit(f"prompt {str(row['prompt'])[:80]!r}: {needed}; leave such rows out")
 
 
 def pad(sequences: list[list[int]], side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -535,8 +537,7 @@ class Run:
             import fcntl
 
             fcntl.lockf(self.files["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        finished = self.model.exists() and not self.checkpoint.exists()
-        if finished or (self.files["metrics"].tell() and not args.resume):
+        if (self.model.exists() and not self.checkpoint.exists()) or (self.files["metrics"].tell() and not args.resume):
             raise SystemExit(f"--output-dir {self.dir}: already holds a run; give another one, or --resume {self.dir}")
         (self.dir / "args.new").write_text(json.dumps(asdict(args), indent=2))
         os.replace(self.dir / "args.new", self.dir / "args.json")

@@ -136,9 +136,7 @@ def test_a_model_that_could_not_sample(tmp_path, tokenizer, monkeypatch):
     refused("no stop token")
     tokenizer.eos_token, tokenizer.chat_template = END, "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
     tokenizer.add_tokens([f"<x{i}>" for i in range(60)] + ["<turn>"], special_tokens=True)
-    model, tokenizer = common.load_model(str(folder_of(tmp_path, tokenizer)), CPU)
-    with pytest.raises(SystemExit, match="it knows ids below 300"):
-        common.check_prompts(model, tokenizer, [{"prompt": "hello"}, {"prompt": "<turn>"}], 1)
+    refused("<turn>: not in the embedding")
     logits_of = common.logits_of
     monkeypatch.setattr(common, "logits_of", lambda model, hidden: 2 * logits_of(model, hidden))
     with pytest.raises(SystemExit, match=r"common\.logits_of"):
