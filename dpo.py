@@ -162,7 +162,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold
+    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
         of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
@@ -310,7 +310,7 @@ def main(args: Args) -> dict[str, float]:
                 *new_logps.unbind(1), *ref_logps[part].unbind(1), beta=args.beta, loss_type=args.loss_type,
                 label_smoothing=args.label_smoothing, gamma=args.simpo_gamma,
             )  # [n]  # fmt: skip
-            nll = -logprobs[::2].sum(1) / inputs[3][::2].sum(1)  # [n], of the chosen ones, per token
+            nll = -logprobs[::2].sum(1) / lengths[micro[::2]]  # [n], of the chosen completions, per token
             loss = (losses + args.sft_weight * nll).sum() / args.prompts_per_step
             loss.backward()
             logps[part] = new_logps.detach()

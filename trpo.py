@@ -149,7 +149,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold
+    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
         of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
@@ -157,7 +157,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
 @torch.no_grad()
 def batch_logprobs(model, batch, minibatches, args):
-    """token_logprobs [B, T], made in the micro-batches of the update: in bfloat16 those of others differ."""
+    """token_logprobs [B, T], in the update's own micro-batches: in bfloat16 rows beside a row move its log-probs."""
     logprobs = torch.zeros_like(batch[3])
     for minibatch in minibatches:
         for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
@@ -360,7 +360,7 @@ def main(args: Args) -> dict[str, float]:
                 for _, inputs in common.micro_batches(fisher_batch, everything, args.micro_batch_size)
             ]
             fvp = partial(fisher_vector_product, factors, parameters)
-            damping = args.damping * (gradient @ fvp(gradient)) / (gradient @ gradient)  # of the curvature along it
+            damping = args.damping * (gradient @ fvp(gradient)) / (gradient @ gradient)  # of F's curvature along it
             x, residual = conjugate_gradient(
                 partial(fvp, damping=damping), gradient, iterations=args.cg_iterations, tolerance=args.cg_tolerance
             )
