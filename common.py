@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import difflib
 import hashlib
 import json
 import math
@@ -31,13 +32,10 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # transformers before 5.24 do not know `cache`
@@ -48,10 +46,16 @@ if WORLD_SIZE > 1 and torch.cuda.is_available():  # before a reward file puts a 
 if RANK > 0:  # the first process speaks for all
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients may be NaN (pytorch/pytorch#196678, huggingface/trl#7181)
-WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
-ADVICE = {  # said once, where one of these metrics is 1
+WHOLE = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": True, "strict": False}
+SHOWN = {  # figures of a step that the terminal shows, and their labels
+    "reward/mean": "reward", "reward/margin": "train margin", "loss/sft": "train loss", "loss/dpo": "train loss",
+    "kl/ref": "kl", "completion/length": "length", "completion/truncated": "cut off",
+}  # fmt: skip
+ADVICE = {  # said once, when one of these metrics is 1
     "completion/truncated": "every completion was cut off; raise --max-new-tokens, or the model never ends",
-    "group/zero_std": "the completions of each prompt scored alike: nothing to learn; too hard, or too easy?",
+    "eval/truncated": "every held-out completion was cut off; raise --max-new-tokens, or the model never ends",
+    "group/zero_std": "the completions of each prompt scored alike, so there is nothing to learn; give easier or "
+    "harder prompts, more --samples-per-prompt or another --temperature",
 }
 
 
@@ -65,6 +69,11 @@ narrow_keys(DynamicLayer)
 narrow_keys(DynamicSlidingWindowLayer)
 
 
+def usage(doc: str) -> str:
+    """What --help shows of a script's docstring: its first paragraph and its commands."""
+    return "\n\n".join(text for text in doc.split("\n\n") if doc.startswith(text) or text.startswith("    python"))
+
+
 def check_args(args):
     """The flags, device and dtype chosen, or refused where they cannot work; with --resume those of that run."""
     if args.resume:
@@ -73,13 +82,13 @@ def check_args(args):
             raise SystemExit(f"--resume {args.resume}: goes on with that run's own settings; leave out {sorted(fixed)}")
         stored = json.loads(Path(args.resume, "args.json").read_text())
         args = replace(args, **stored | given | {"output_dir": args.resume})
-    counts = "prompts_per_step samples_per_prompt micro_batch_size max_new_tokens num_epochs num_minibatches eval_every"
-    numbers = "oversample eval_prompts temperature learning_rate value_learning_rate max_grad_norm"
-    for name in [*counts.split(), *numbers.split()]:
-        if (value := getattr(args, name, None)) is not None and not value > 0:  # as NaN is not
+    positive = "prompts_per_step samples_per_prompt micro_batch_size max_new_tokens num_epochs num_minibatches "
+    positive += "oversample eval_every eval_prompts temperature learning_rate value_learning_rate max_grad_norm"
+    for name in positive.split():
+        if (value := getattr(args, name, None)) is not None and not value > 0:  # refuses NaN, too
             raise SystemExit(f"--{name.replace('_', '-')}: {value}, but it must be more than 0")
     if args.prompts_per_step % (WORLD_SIZE * getattr(args, "num_minibatches", 1)):
-        raise SystemExit("--prompts-per-step: must divide among the processes and their minibatches")
+        raise SystemExit("--prompts-per-step: must be a multiple of the processes times --num-minibatches")
     if args.device == "auto":
         args = replace(args, device=str(torch.accelerator.current_accelerator(check_available=True) or "cpu"))
     if args.dtype == "auto":
@@ -119,12 +128,17 @@ def shard(module, device):
     """The module on the device, its parameters, gradients and optimizer state split among the processes by FSDP2.
     Embeddings and head stay whole to the end of the backward pass, so that logits can be made chunk by chunk."""
     if WORLD_SIZE > 1:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
         mesh = dist.init_device_mesh(torch.device(device).type, (WORLD_SIZE,))
         for part in [*reversed(layers), module]:  # inner ones first
             fully_shard(part, mesh=mesh, reshard_after_forward=part is not module)
             part.set_gradient_divide_factor(1.0)  # gradients are summed over the processes, not averaged
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no other (pytorch/pytorch#190747)
+        if hasattr(module, "trunk"):
+            register_fsdp_forward_method(module, "trunk")
     return module.to(device)
 
 
@@ -144,13 +158,17 @@ def gathered(model):
 def load_model(path: str, device, args=None, *, whole: bool = False):
     """A causal LM in float32 and its tokenizer, from a folder or a hub id; with the flags one that can be trained. It
     stays in eval mode: with dropout a completion's log-probs would not come out the same twice (arXiv 2403.17031)."""
-    if Path(path, "adapter_config.json").exists():
-        raise SystemExit(f"{path}: adapters, not a model; merge them as docs/scaling.md shows")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer, folders = transformers.AutoTokenizer.from_pretrained(path), [path]  # a model, then adapters
+    while (file := Path(folders[0], "adapter_config.json")).exists():
+        folders.insert(0, json.loads(file.read_text())["base_model_name_or_path"])
     loading = {"dtype": torch.float32, "output_loading_info": True}  # without dtype the checkpoint's, often bfloat16
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(path, **loading)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(folders[0], **loading)
     if (missing := sorted(report["missing_keys"])) or hasattr(model.config, "quantization_config"):
         raise SystemExit(f"{path}: its weights are quantized, or would start at random: {missing[:3]}")
+    for adapters in folders[1:]:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, adapters).merge_and_unload().requires_grad_()
     config = model.config.get_text_config()
     config.output_router_logits = False  # they are for a loss of their own
     model.context_length = getattr(config, "max_position_embeddings", None) or math.inf
@@ -185,7 +203,7 @@ def load_model(path: str, device, args=None, *, whole: bool = False):
             read = model(**inputs, past_key_values=cache).logits
         torch.testing.assert_close(read, own, rtol=1e-3, atol=1e-3 * float(own.abs().max()))
     except (AttributeError, RuntimeError, AssertionError) as error:
-        raise SystemExit(f"{path}: its KV cache, or common.logits_of, makes other logits than the model") from error
+        raise SystemExit(f"{path}: its KV cache, or common.logits_of, makes other logits; not supported") from error
     # gradients may flow through a prompt's cache, but not through recurrent states
     model.shares_prompts = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
@@ -202,13 +220,13 @@ def load_model(path: str, device, args=None, *, whole: bool = False):
             head = model.get_output_embeddings()  # a copy, as the embedding that may share its weight stays float32
             head.weight = torch.nn.Parameter(head.weight.to(torch.bfloat16), requires_grad=False)
     if args and args.gradient_checkpointing:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         model.shares_prompts = False  # the cache would be written twice
         for layer in [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     model.trunk = partial(torch.nn.Module.__call__, model.base_model)  # the pass without the head
-    model = model.to(device) if whole else shard(model, device)
-    register_fsdp_forward_method(model, "trunk")  # which does nothing to a model that is not sharded
-    return model, tokenizer
+    return model.to(device) if whole else shard(model, device), tokenizer
 
 
 def load_reference(args, model):
@@ -257,7 +275,7 @@ def read_rows(source: str, columns: tuple[str, ...], prepare=None, splits=("trai
                     raise ValueError(f"a message without content: {turn!r:.100}")
             rows[number] = row = prepare(row) if prepare else row
             if empty := [column for column in columns if not row.get(column)]:
-                raise ValueError(f'"{empty[0]}" is missing or empty; it has {", ".join(row)}')
+                raise ValueError(f'no "{empty[0]}": it has {", ".join(row)}, the script takes {", ".join(columns)}')
         except ValueError as error:
             raise SystemExit(f"{source}, row {number + 1}: {error}") from error
     return rows
@@ -404,7 +422,7 @@ def micro_batches(batch: tuple[torch.Tensor, ...], prompts: torch.Tensor, size: 
 
 
 def without_ties(prompts: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """Those of the prompts [n] whose advantages, of [N, G], are not all 0, as the others' policy gradient is. One at
+    """Those of the prompts [n] whose advantages, of [N, G], are not all 0; the others have no policy gradient. One at
     least, and as many on each process, as FSDP needs all processes to run the same passes."""
     prompts = prompts.to(advantages.device)
     tied = (advantages[prompts] == 0).all(1)
@@ -418,6 +436,12 @@ def decode(tokenizer, ids, mask, logprobs=None, step: int = 0) -> tuple[list[str
         raise FloatingPointError(f"step {step}: logits that are not finite, in the rollout or the evaluation")
     kept = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in kept], kept
+
+
+def shorten(text: str) -> str:
+    """The text in one line, without commands to the terminal, and the middle of a long one left out."""
+    text = repr(text)
+    return text if len(text) <= 150 else f"{text[:70]} ... {text[-70:]}"
 
 
 def text_of(message: str | list[dict]) -> str:
@@ -455,7 +479,8 @@ def exact_answer(completions: list, **columns: list) -> list[float | None]:
         if number is not None:
             parts = re.split(r"\bis:?\s|[A-Za-z*]:\s|^[^A-Za-z<>=]*=", said.rpartition("\n")[2])
             right = len(parts) < 3 and to_number(parts[-1]) == number
-        scores.append(float(right) if wanted and truth == truth else None)  # NaN, a missing value, is unequal to itself
+        prose = names[0] != "answer" and number is None and wanted == str(truth).strip()  # a demonstration, no answer
+        scores.append(float(right) if wanted and truth == truth and not prose else None)  # NaN is unequal to itself
     return scores
 
 
@@ -470,11 +495,16 @@ def without_exit(function, *args, **kwargs):
 def load_function(name: str, folder: str | Path = ""):
     """A reward of this file, `package.module:function`, or `file.py:function`, the path relative to the folder."""
     module, _, function = name.rpartition(":")
-    if not module.endswith(".py"):
-        return without_exit(pkgutil.resolve_name, name if module else f"{__name__}:{name}")
-    file = Path(folder, module).resolve()
-    sys.path.insert(0, str(file.parent))  # its neighbours are found, as by a script
-    return without_exit(runpy.run_path, str(file))[function]
+    if module.endswith(".py"):
+        file = Path(folder, module).resolve()
+        sys.path.insert(0, str(file.parent))  # its neighbours are found, as by a script
+        found = without_exit(runpy.run_path, str(file))
+    else:
+        found = vars(without_exit(pkgutil.resolve_name, module or __name__))
+    if function not in found:
+        nearest = difflib.get_close_matches(function, found, 1, 0.0)[0]
+        raise SystemExit(f"{name}: not found; the nearest is {nearest}; give exact_answer or file.py:function")
+    return found[function]
 
 
 def call_reward(name: str, function, rows: list[dict], texts: list[str], ids=None) -> list:
@@ -520,7 +550,7 @@ class Run:
     def __init__(self, args) -> None:
         self.args, self.name = args, Path(sys.modules[type(args).__module__].__file__).stem
         self.done, self.stopping, self.start_time = 0, False, time.perf_counter()
-        self.writer, self.shown, self.times, self.advice = None, {}, {}, ADVICE.copy()
+        self.writer, self.headline, self.samples, self.times, self.advice = None, [], "", {}, ADVICE.copy()
         if WORLD_SIZE > 1:
             backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backends, timeout=timedelta(hours=1))  # the others wait where one writes or judges
@@ -542,29 +572,46 @@ class Run:
         (self.dir / "args.new").write_text(json.dumps(asdict(args), indent=2))
         os.replace(self.dir / "args.new", self.dir / "args.json")
 
-    def start(self, **parts) -> None:
-        """Load the checkpoint of --resume, if any, into the parts: pairs of a model and its optimizer."""
-        self.parts, sizes = parts, dict.fromkeys(self.files, 0)
-        if self.args.resume and self.checkpoint.exists():  # without one the run begins again
+    def start(self, rows: list, held_out: list, **parts) -> None:
+        """Say what is trained on which rows, and load the checkpoint of --resume, if any, into the parts: pairs of a
+        model and its optimizer."""
+        self.parts, sizes, args = parts, dict.fromkeys(self.files, 0), self.args
+        weights, count = list(parts["model"][0].parameters()), sum(gather([len(held_out)]))
+        whole = sum(weight.numel() for weight in weights) / 1e6
+        trained = sum(weight.numel() for weight in weights if weight.requires_grad) / 1e6
+        epoch = len(rows) / args.prompts_per_step / (getattr(args, "oversample", None) or 1)
+        print(f"model  {args.model}: trains {trained:.4g} M of {whole:.4g} M parameters; {args.device}, {args.dtype}")
+        print(f"rows   {len(rows)} to train on, {count} held out; {args.num_steps} steps, {epoch:.1f} to an epoch")
+        print(f"run    {self.dir}")
+        if not rows:
+            raise SystemExit("no row is left to train on: all are beyond --max-length, empty, or equal pairs")
+        if trained == whole > 50 and getattr(args, "learning_rate", 0) == getattr(type(args), "learning_rate", None):
+            print(f"--learning-rate {args.learning_rate} suits the embedded model; this one may need 1e-5 or less")
+        if count < 20:
+            print(f"{count} held-out rows: too few to tell much; give others by --eval-data, or more --eval-prompts")
+        if args.resume and self.checkpoint.exists():  # without one the run begins again
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=WORLD_SIZE > 1)
             for name, (model, optimizer) in parts.items():
                 model.state_dict()  # FSDP then shards again what a forward pass left gathered
                 weights, moments = state["parts"][name].values()
-                used = [optimizer] if moments else []
-                dcp.set_state_dict(model, used, model_state_dict=weights, optim_state_dict=moments, options=WHOLE)
+                both = {"model_state_dict": weights, "optim_state_dict": moments, "options": StateDictOptions(**WHOLE)}
+                set_state_dict(model, [optimizer] if moments else [], **both)
             self.done, sizes, self.start_time = state["step"], state["sizes"], self.start_time - state["seconds"]
         for name, file in self.files.items() if RANK == 0 else ():
             file.truncate(sizes[name])  # what was written after the checkpoint comes again
-        if self.args.track == "wandb" and RANK == 0:
+        if args.track == "wandb" and RANK == 0:
             import wandb
 
-            wandb.init(dir=self.dir, name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
-        if self.args.track != "none" and RANK == 0:
+            wandb.init(dir=self.dir, name=self.dir.name, config=asdict(args), sync_tensorboard=True)
+        if args.track != "none" and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(self.dir / "tensorboard"), purge_step=self.done + 1, flush_secs=10)
-        left, bar = range(self.done + 1, self.args.num_steps + 1), {"initial": self.done, "total": self.args.num_steps}
-        self.bar = tqdm(left, desc=self.name, dynamic_ncols=True, disable=RANK > 0, **bar)
+        left, bar = range(self.done + 1, args.num_steps + 1), {"initial": self.done, "total": args.num_steps}
+        bar["bar_format"] = "{desc} {bar} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
+        self.bar = tqdm(left, desc=self.name, dynamic_ncols=True, disable=True if RANK else None, **bar)
 
     def steps(self):
         """The steps that are left, each with its own seed, so that a resumed run draws what an unbroken one draws.
@@ -593,8 +640,8 @@ class Run:
         return sum(self.times.values())
 
     def log(self, step: int, metrics: dict) -> None:
-        """Append a line to metrics.jsonl and show the main figures in the bar. A number is logged as it is, of a tensor
-        of no dimensions the sum over all processes, of others the mean, without NaN."""
+        """Append a line to metrics.jsonl and show its main figures: numbers as they are, 0-dim tensors summed over all
+        processes, the mean of others, without NaN."""
         tensors = {name: value.detach().cpu().double() for name, value in metrics.items() if hasattr(value, "detach")}
         sums = [value.nansum() if value.ndim else value for value in tensors.values()]
         counts = [(~value.isnan()).sum() if value.ndim else 1 / WORLD_SIZE for value in tensors.values()]
@@ -604,26 +651,35 @@ class Run:
         self.write("metrics", {"step": step, "time/total": time.perf_counter() - self.start_time} | metrics)
         for name, value in metrics.items() if self.writer else ():
             self.writer.add_scalar(name, value, step)
-        headline = next((name for name in metrics if name.startswith("eval/")), "")
-        if math.isnan(metrics.get(headline, 0.0)):
-            raise SystemExit("--reward: the first one scored no held-out completion: it returned None for each of them")
+        held_out = {name[5:]: x for name, x in metrics.items() if name.startswith("eval/") and not math.isnan(x)}
+        if "eval/truncated" in metrics and held_out.keys() <= {"truncated"}:
+            raise SystemExit("--reward: none scored a held-out completion; exact_answer needs a column answer")
         if math.isnan(metrics.get("reward/mean", 0.0)):
             tqdm.write(f"step {step}: no reward could score any completion, so nothing was learned of them")
+        shown = [(label, metrics[name]) for name, label in SHOWN.items() if name in metrics]
+        if held_out:
+            self.headline, figures = [*held_out.items()][:1], [*held_out.items(), *shown]
+            line = "".join(f"  {name} {x:.{3 if abs(x) < 10 else 0}f}" for name, x in figures)
+            tqdm.write(f"step {step}{line}  {time.perf_counter() - self.start_time:.0f} s{self.samples}")
+            sys.stdout.flush()  # into a log file
         for name in [name for name in self.advice if metrics.get(name) == 1.0]:
             tqdm.write(f"step {step}: {self.advice.pop(name)}")
-        shown = ("reward/mean", "loss/sft", headline, "kl/ref", "tokens_per_second")
-        self.shown |= {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
-        self.bar.set_postfix(self.shown, refresh=False)
+        bar = [*((name[:5], x) for name, x in self.headline), *((label.split()[-1][:6], x) for label, x in shown)]
+        bar = [f"{name} {x:.2f}".replace(" 0.", " .") for name, x in bar if name not in ("length", "off")]
+        self.bar.set_postfix_str(" ".join([*bar, f"{metrics.get('tokens_per_second', 0):.0f} tok/s"]), refresh=False)
 
     def log_samples(self, step: int, phase: str, tokenizer, rows: list[dict], texts: list[str], components: dict):
-        """Append a completion of each row to samples.jsonl; the first three of an evaluation are printed, too."""
+        """Append each row's completion to samples.jsonl; log() then prints three of the first and of the last
+        evaluation, one of another."""
+        self.samples, printed = "", 0 if phase == "train" else 3 if step in (0, self.args.num_steps) else 1
         for index, (row, completion) in enumerate(zip(rows, texts)):
             prompt = tokenizer.decode(prompt_tokens(tokenizer, row))  # what the model read, special tokens included
             scores = {name: values[index].item() for name, values in components.items()}
             self.write("samples", {"step": step, "phase": phase, "prompt": prompt, "completion": completion, **scores})
-            if phase == "eval" and index < 3:
-                rewards = " ".join(f"{name} {value:.3g}" for name, value in scores.items())
-                tqdm.write(f"step {step:<5} {prompt[-60:]!r} -> {completion[-100:]!r} | {rewards}")
+            if index < printed:
+                question = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+                rewards = " ".join(f"{name} {value:.3g}" for name, value in scores.items() if not math.isnan(value))
+                self.samples += f"\n    {shorten(question)} -> {shorten(completion)} | {rewards}"
 
     def write(self, name: str, record: dict) -> None:
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -654,11 +710,15 @@ class Run:
         part, weights = self.dir / "model.part", get_state(model)["weights"]
         if RANK == 0:
             tokenizer.save_pretrained(part)
-            if adapters := getattr(model, "peft_config", None):
+            if adapters := self.args.lora_rank and model.peft_config:
                 adapters["default"].save_pretrained(part)
                 named = {f"base_model.model.{name.replace('.default', '')}": weight for name, weight in weights.items()}
                 save_file(named, part / "adapter_model.safetensors", {"format": "pt"})
-            else:
+                if Path(self.args.model, "adapter_config.json").exists():  # peft would load only one of the two
+                    model, weights, adapters = load_model(str(part), "cpu", whole=True)[0], None, None
+                    for file in part.glob("adapter_*"):
+                        file.unlink()
+            if not adapters:
                 own, model.generation_config = model.generation_config, transformers.GenerationConfig()
                 model.save_pretrained(part, state_dict=weights)
                 own.to_json_file(part / "generation_config.json")  # not checked, as some in use would be refused
@@ -671,18 +731,23 @@ class Run:
             dist.destroy_process_group()
             time.sleep(0.5)  # while gloo drops its last tensors, or it may abort at exit (pytorch/pytorch#190489)
         rows = [json.loads(line) for line in (self.dir / "metrics.jsonl").open(encoding="utf-8")]
-        headline = next(name for name in rows[0] if name.startswith("eval/"))
-        evaluations = [(row[headline], row["step"]) for row in rows if headline in row]
-        (first, _), (last, _), (best, step) = evaluations[0], evaluations[-1], max(evaluations)
-        peak = f" ({best:.3f} at step {step})" if best > last else ""
+        headline = next(name for name in rows[0] if name.startswith("eval/") and rows[0][name] is not None)
+        evaluations = [(row[headline], row["step"]) for row in rows if row.get(headline) is not None]
+        (first, _), (last, _) = evaluations[0], evaluations[-1]
+        best, step = min(evaluations) if headline == "eval/loss" else max(evaluations)
+        peak = f" ({best:.3f} at step {step})" if best != last else ""
         result = f"{first:.3f} -> {last:.3f}{peak} in {rows[-1]['time/total']:.0f} s"
-        print(f"{self.name}: held-out {headline[5:]} {result}, model in {self.model}")
+        adapted = (self.model / "adapter_config.json").exists()
+        load = " (adapters: --model or peft.AutoPeftModelForCausalLM loads them)" if adapted else ""
+        print(f"{self.name}: held-out {headline[5:]} {result}, model in {self.model}{load}")
         return {name: value for row in rows for name, value in row.items()}
 
 
 def get_state(model, optimizer=None) -> dict:
     """What is trained of a model, and its optimizer's state, whole and on the CPU of the first process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
     used = [optimizer] if optimizer and optimizer.state else []  # the state is empty before the first update
-    weights, moments = dcp.get_state_dict(model, used, options=WHOLE)
+    weights, moments = get_state_dict(model, used, options=StateDictOptions(**WHOLE))
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     return {"weights": {name: tensor for name, tensor in weights.items() if name not in tied}, "moments": moments}

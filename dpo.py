@@ -1,20 +1,18 @@
 """Direct preference optimisation (DPO): raise chosen completions over rejected ones, relative to the starting model.
 
-Loss, the mean over pairs, with h = log pi / pi_ref of a whole completion, h_w of the chosen, h_l of the rejected one:
+Loss, its mean over pairs; h = log pi / pi_ref of a completion, h_w of the chosen one, h_l of the other, m = h_w - h_l:
 
-    sigmoid   L = -log sigmoid(beta (h_w - h_l))                                  arXiv 2305.18290, eq. 7
-    ipo       L = (h_w - h_l - 1 / (2 beta))^2, h per token                       arXiv 2310.12036, eq. 17
-    hinge     L = max(0, 1 - beta (h_w - h_l))                                    arXiv 2309.06657
-    robust    L = (-(1 - e) log sigmoid(beta (h_w - h_l)) + e log sigmoid(beta (h_l - h_w))) / (1 - 2 e)
-                                                                                  arXiv 2403.00409
+    sigmoid   L = -log sigmoid(beta m)                                            arXiv 2305.18290, eq. 7
+    ipo       L = (m - 1 / (2 beta))^2, h per token                               arXiv 2310.12036, eq. 17
+    hinge     L = max(0, 1 - beta m)                                              arXiv 2309.06657
+    robust    L = (-(1 - e) log sigmoid(beta m) + e log sigmoid(-beta m)) / (1 - 2 e)   arXiv 2403.00409
     sppo      L = (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2                 arXiv 2405.00675
     simpo     L = -log sigmoid(beta (log pi_w - log pi_l) - gamma), per token     arXiv 2405.14734
 
 e is the label smoothing, the share of pairs thought to be the wrong way round. sigmoid with it is conservative DPO,
 (1 - e) of a pair's loss and e of the reversed pair's; robust has it as above; the others define none and refuse it.
 A chosen completion may well lose probability on the way, as only the margin is optimised: --sft-weight, of a term
--log pi_w per token (arXiv 2404.19733), acts against it. All but simpo need the reference, which stays the starting
-model. Source: Rafailov et al., arXiv 2305.18290; arXiv 2509.04501, section on DPO.
+-log pi_w per token (arXiv 2404.19733), acts against it. pi_ref is the starting model. Source: arXiv 2509.04501, on DPO.
 
     python dpo.py
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
@@ -26,7 +24,6 @@ A row of the .jsonl file: {"prompt": [{"role": "user", "content": "What is 37 + 
 
 import itertools
 import math
-import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,10 +39,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Args:
-    model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
+    model: str = "models/arithmetic"  # folder or hub id of a causal LM, or a LoRA folder; the defaults suit this one
     data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
-    reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
+    reward: tuple[str, ...] = ("exact_answer",)  # names, or file.py:function; all are evaluated, the first is shown
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
     num_steps: int = 200  # steps; each takes the next batch of prompts
     prompts_per_step: int = 64  # prompts in a step
@@ -69,7 +66,7 @@ class Args:
 
     # the algorithm's own
     max_length: int = 512  # tokens of prompt and completion; a longer completion is cut off
-    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "sppo", "simpo"] = "sigmoid"  # see above
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "sppo", "simpo"] = "sigmoid"  # which of the losses
     beta: float | None = None  # how closely the policy is held to the reference; by default 0.1, sppo 0.001, simpo 2
     simpo_gamma: float = 1.0  # the margin gamma of simpo
     sft_weight: float = 0.0  # weight of the chosen completions' negative log-likelihood per token (RPO)
@@ -79,9 +76,6 @@ class Args:
         smoothed = self.loss_type in ("sigmoid", "robust")
         if not 0 <= self.label_smoothing < 0.5 or (self.label_smoothing and not smoothed):
             raise SystemExit("--label-smoothing: sigmoid and robust take less than 0.5, the other losses none")
-
-
-PAPER_BETA = {"sppo": 0.001, "simpo": 2.0}
 
 
 @torch.no_grad()
@@ -179,29 +173,24 @@ def to_pair(row):
         prompt = prompt or "".join(shared.rpartition("\n\nAssistant:")[:2])  # as in hh-rlhf
     else:
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or shared
-    chance = isinstance(prompt, str) and re.fullmatch(r"\w*", prompt)  # a single word may begin both answers
-    if shared[: len(prompt)] == prompt and not chance:
+    if shared[: len(prompt)] == prompt and not (isinstance(prompt, str) and prompt.isalnum()):  # one word is chance
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        text = isinstance(answer, str)
-        if ("\n\nHuman:" in answer) if text else [turn["role"] for turn in answer] != ["assistant"]:
-            raise ValueError(f'"{name}" is not one answer of the assistant to "prompt"; move all turns before it there')
+    for answer in (chosen, rejected):
+        if ("\n\nHuman:" in answer) if isinstance(answer, str) else [turn["role"] for turn in answer] != ["assistant"]:
+            raise ValueError(f'not one answer of the assistant to "prompt": {answer!r:.60}; move turns before it there')
     return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def tokenize(model, tokenizer, rows, args):
-    """(prompt, chosen, rejected) ids of each pair. Pairs that come out equal or empty are dropped."""
+    """(prompt, (chosen, rejected)) ids of each pair. Pairs that come out equal or empty are dropped."""
     longest, stop_ids, examples = min(args.max_length, model.context_length), model.generation_config.eos_token_id, []
     for row in rows:
         prompt = common.prompt_tokens(tokenizer, row)
         both = [common.completion_tokens(tokenizer, row, row[x], stop_ids) for x in ("chosen", "rejected")]
         chosen, rejected = (completion[: max(0, longest - len(prompt))] for completion in both)
-        examples += [(prompt, chosen, rejected)] if chosen and rejected and chosen != rejected else []
+        examples += [(prompt, (chosen, rejected))] if chosen and rejected and chosen != rejected else []
     if len(examples) < len(rows):
-        dropped = f"{len(rows) - len(examples)} of {len(rows)} rows"
-        print(f"dropped {dropped}, empty or equal in their first {longest} tokens")
-    if not examples:
-        raise SystemExit(f"--max-length {args.max_length}: leaves no row")
+        print(f"dropped {len(rows) - len(examples)} of {len(rows)} pairs, empty or equal in {longest} tokens")
     return examples
 
 
@@ -211,30 +200,29 @@ def sequence_logprobs(logprobs, completion_mask, *, loss_type):
     return total / completion_mask.sum(1) if loss_type in ("ipo", "simpo") else total
 
 
-def pair_batch(pairs, device):
-    """A batch of N pairs: 2 N completions, each chosen one before its rejected one."""
-    prompts, *answers = zip(*pairs)
-    return common.collate(prompts, [answer for pair in zip(*answers) for answer in pair], device)
-
-
 @torch.no_grad()
-def reference_logprobs(model, examples, args):
-    """log pi_ref [pairs, 2] of the chosen and rejected completion of all pairs that the run will see; 0 for simpo.
+def pair_logprobs(model, pairs, args):
+    """log pi [N, 2] of the chosen and the rejected completion of each pair."""
+    if not pairs:
+        return torch.zeros(0, 2, device=model.device)
+    prompts, answers = zip(*pairs)
+    batch = common.collate(prompts, [*itertools.chain(*answers)], model.device)
+    logps = torch.zeros(2 * len(pairs), device=model.device)
+    for rows, inputs in common.micro_batches(batch, torch.arange(len(pairs)), max(2, args.micro_batch_size)):
+        with common.autocast(args):
+            logprobs = token_logprobs(model, *inputs)  # [b, T]
+        logps[rows] = sequence_logprobs(logprobs, inputs[3], loss_type=args.loss_type)
+    return logps.view(-1, 2)
 
-    Computed once, by the model before it is trained, so that no second one is needed.
-    """
+
+def reference_logprobs(model, examples, args):
+    """log pi_ref [pairs, 2] of all pairs that the run will see, made once, by the model before its training."""
     table = torch.full((len(examples), 2), -math.inf, device=model.device)
     if args.loss_type == "simpo":
         return table.zero_()
     for step in range(1, min(args.num_steps, math.ceil(len(examples) / args.prompts_per_step)) + 1):
         indices, pairs = zip(*common.take_batch(examples, step, args))
-        batch = pair_batch(pairs, model.device)
-        logps = torch.zeros(len(batch[2]), device=model.device)
-        for rows, inputs in common.micro_batches(batch, torch.arange(len(pairs)), max(2, args.micro_batch_size)):
-            with common.autocast(args):
-                logprobs = token_logprobs(model, *inputs)  # [b, T]
-            logps[rows] = sequence_logprobs(logprobs, inputs[3], loss_type=args.loss_type)
-        table[list(indices)] = logps.view(-1, 2)
+        table[list(indices)] = pair_logprobs(model, pairs, args)
     return common.total(table, torch.distributed.ReduceOp.MAX)  # each process had a share; later it gets other rows
 
 
@@ -257,25 +245,33 @@ def dpo_loss(
     return -(1 - label_smoothing) * right - label_smoothing * wrong
 
 
-def evaluate(run, step, model, tokenizer, rows, score, args):
-    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
-    texts, ids = [], []
+@torch.no_grad()
+def evaluate(run, step, model, tokenizer, rows, pairs, ref_logps, score, args):
+    """{eval/<name>: values [n]}: held-out pairs in order, their loss and margin; each reward of greedy completions."""
+    answers = []
     with common.autocast(args), common.gathered(model):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
-            completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            new_texts, new_ids = common.decode(tokenizer, *completions[:3], step)
-            texts += new_texts
-            ids += new_ids
+            *completions, truncated = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
+            answers += zip(*common.decode(tokenizer, *completions, step), truncated.tolist())
+        logps = pair_logprobs(model, pairs, args)
+    texts, ids, truncated = map(list, zip(*answers))
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    return {f"eval/{name}": values for name, values in components.items()}
+    losses = dpo_loss(
+        *logps.unbind(1), *ref_logps.unbind(1), beta=args.beta, loss_type=args.loss_type,
+        label_smoothing=args.label_smoothing, gamma=args.simpo_gamma,
+    )  # fmt: skip
+    margins = args.beta * (logps - ref_logps).diff(dim=1).neg()  # [n, 1]
+    figures = {"pairs": margins.sign() / 2 + 0.5, "loss": losses, "margin": margins} | components  # a tie is a half
+    return {f"eval/{name}": values for name, values in figures.items()} | {"eval/truncated": torch.tensor(truncated)}
 
 
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of each metric."""
     args = common.check_args(args)
-    args = replace(args, beta=PAPER_BETA.get(args.loss_type, 0.1) if args.beta is None else args.beta)
+    if args.beta is None:
+        args = replace(args, beta={"sppo": 0.001, "simpo": 2.0}.get(args.loss_type, 0.1))
     columns = ("prompt", "chosen", "rejected")
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns, to_pair)
     score = common.load_reward(args.reward, args.reward_weights)
@@ -285,14 +281,18 @@ def main(args: Args) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     examples = list(enumerate(tokenize(model, tokenizer, train_rows, args)))
     all_ref_logps = reference_logprobs(model, examples, args)  # [pairs, 2]
+    held_out = tokenize(model, tokenizer, [row for row in eval_rows if row.get("chosen") and row.get("rejected")], args)
+    with common.gathered(model):
+        eval_ref_logps = pair_logprobs(model, held_out, args) * (args.loss_type != "simpo")  # [n, 2]
 
-    run.start(model=(model, optimizer))
+    run.start(examples, eval_rows, model=(model, optimizer))
     if run.done == 0:
-        run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
+        run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, held_out, eval_ref_logps, score, args))
     for step in run.steps():
         # 1. N pairs: 2 N completions of T tokens, each chosen one before its rejected one
         indices, pairs = zip(*common.take_batch(examples, step, args))
-        batch = pair_batch(pairs, model.device)
+        prompts, answers = zip(*pairs)
+        batch = common.collate(prompts, [*itertools.chain(*answers)], model.device)
         completion_mask = batch[-1]  # [2 N, T]
         lengths = completion_mask.sum(1)  # [2 N]
         ref_logps = all_ref_logps[list(indices)]  # [N, 2]
@@ -335,11 +335,11 @@ def main(args: Args) -> dict[str, float]:
             "learning_rate": learning_rate,
         }
         if step % args.eval_every == 0 or step == args.num_steps:
-            metrics |= evaluate(run, step, model, tokenizer, eval_rows, score, args)
+            metrics |= evaluate(run, step, model, tokenizer, eval_rows, held_out, eval_ref_logps, score, args)
         run.log(step, metrics)
         run.save(step)
     return run.finish(model, tokenizer)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=common.usage(__doc__)))

@@ -17,9 +17,9 @@ completion i, B completions and N tokens in the minibatch, k_t the estimated KL 
 As terms of the loss both ignore what a token does to the KL of later tokens; a KL in the rewards does not.
 
 Source: arXiv 2509.04501, section on GRPO; and the papers above. Clip range, std and beta default to those of the loss
-type's own paper. DAPO also samples --oversample times the prompts, trains those groups that do not tie, filled up with
-tied ones, and leaves out what was cut off. Simplified: that is one pass, where the paper samples until the batch is
-full; the reference stays the starting model.
+type's own paper. DAPO also samples --oversample times the prompts, trains the groups that do not tie, then tied ones up
+to the batch, and leaves out truncated completions. Simplified: that is one pass, where the paper samples until the
+batch is full; the reference stays the starting model.
 
     python grpo.py
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
@@ -42,10 +42,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Args:
-    model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
+    model: str = "models/arithmetic"  # folder or hub id of a causal LM, or a LoRA folder; the defaults suit this one
     data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
-    reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
+    reward: tuple[str, ...] = ("exact_answer",)  # names, or file.py:function; all are evaluated, the first is shown
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
     num_steps: int = 150  # steps; each takes the next batch of prompts
     prompts_per_step: int = 16  # prompts in a step
@@ -182,7 +182,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
 @torch.no_grad()
 def batch_logprobs(model, batch, minibatches, args):
-    """token_logprobs [B, T], in the update's own micro-batches: in bfloat16 rows beside a row move its log-probs."""
+    """token_logprobs [B, T], in the update's micro-batches, as in bfloat16 a row's log-probs depend on its batch."""
     logprobs = torch.zeros_like(batch[3])
     for minibatch in minibatches:
         for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
@@ -243,17 +243,16 @@ def loss_normalizer(completion_mask, loss_type, max_new_tokens):
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
-    texts, ids = [], []
+    answers = []
     with common.autocast(args), common.gathered(model):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
-            completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            new_texts, new_ids = common.decode(tokenizer, *completions[:3], step)
-            texts += new_texts
-            ids += new_ids
+            *completions, truncated = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
+            answers += zip(*common.decode(tokenizer, *completions, step), truncated.tolist())
+    texts, ids, truncated = map(list, zip(*answers))
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    return {f"eval/{name}": values for name, values in components.items()}
+    return {f"eval/{name}": values for name, values in components.items()} | {"eval/truncated": torch.tensor(truncated)}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -270,27 +269,27 @@ def main(args: Args) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     G = args.samples_per_prompt
     on_policy = args.num_epochs * args.num_minibatches == 1  # pi_old is then pi itself
-    sampled = replace(args, prompts_per_step=args.oversample * args.prompts_per_step)
+    sampling_args = replace(args, prompts_per_step=args.oversample * args.prompts_per_step)
 
-    run.start(model=(model, optimizer))
+    run.start(train_rows, eval_rows, model=(model, optimizer))
     if run.done == 0:
         run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
         # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
-        rows = common.take_batch(train_rows, step, sampled)
+        rows = common.take_batch(train_rows, step, sampling_args)
         prompts = common.prompt_batch(tokenizer, rows, model.device)  # prompt_ids and prompt_mask [N, P]
         with common.autocast(args), common.gathered(model):
             completion_ids, completion_mask, sampled_logprobs, truncated = rollout(  # [B, T], truncated [B]
                 model, *prompts, max_new_tokens=args.max_new_tokens, samples_per_prompt=G, temperature=args.temperature
             )
-        lengths = completion_mask.sum(1)  # [B], before what nothing could score is masked
+        lengths = completion_mask.sum(1)  # [B], before unscored completions are masked
         run.lap("rollout")
 
         # 2. score
         texts, ids = common.decode(tokenizer, completion_ids, completion_mask, sampled_logprobs, step)
         rewards, components = score([row for row in rows for _ in range(G)], texts, ids)
-        rewards = rewards.to(model.device)  # [B]; NaN where nothing could score the completion,
-        completion_mask[rewards.isnan()] = 0.0  # which then takes no part in the update, though its length is logged
+        rewards = rewards.to(model.device)  # [B], NaN where no reward could score
+        completion_mask[rewards.isnan()] = 0.0  # unscored ones take no part in the update; lengths still has them
         if args.mask_truncated:
             completion_mask[truncated] = 0.0  # their rewards still count in the group's mean
         batch = (*prompts, completion_ids, completion_mask)
@@ -298,8 +297,10 @@ def main(args: Args) -> dict[str, float]:
 
         # 3. advantages, relative to the other completions of the prompt; the log-probs that the update starts from
         overlong = (lengths - args.max_new_tokens + args.overlong_buffer).clamp(min=0) / max(1, args.overlong_buffer)
-        advantages = compute_advantages(rewards - overlong, samples_per_prompt=G, scale=args.scale)  # [B]
-        tied = (advantages.view(-1, G) == 0).all(1)  # of what was oversampled, groups that do not tie come first
+        shaped = rewards - overlong  # [B]
+        advantages = compute_advantages(shaped, samples_per_prompt=G, scale=args.scale)  # [B]
+        tied = (advantages.view(-1, G) == 0).all(1)  # [N]
+        # of what was oversampled, groups that do not tie come first
         kept = tied.int().argsort(stable=True)[: len(rows) // args.oversample].sort().values
         minibatches = kept[torch.randperm(len(kept))].chunk(args.num_minibatches)  # prompts, the same in each epoch
         old_logprobs = None if on_policy else batch_logprobs(model, batch, minibatches, args)  # [B, T]
@@ -330,7 +331,7 @@ def main(args: Args) -> dict[str, float]:
                 stats["loss/policy"] += loss.detach()
                 stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
                 stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens  # k3 of KL(pi_old || pi)
-                if args.beta:  # not from the sampler's log-probs: in bfloat16 their rounding is another
+                if args.beta:  # not the sampler's log-probs, which round differently in bfloat16
                     stats["kl/ref"] += ((old - ref) * mask).sum() / tokens
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             stats["grad_norm"] += float(norm)
@@ -346,7 +347,7 @@ def main(args: Args) -> dict[str, float]:
             "policy/entropy": -sampled_logprobs[completion_mask > 0],
             "completion/length": lengths,
             "completion/truncated": truncated,
-            "group/zero_std": (rewards.view(-1, G) == rewards[::G, None]).all(1),
+            "group/zero_std": (shaped.view(-1, G) == shaped[::G, None]).all(1),
             "tokens_per_second": lengths.sum() / seconds,
             "learning_rate": learning_rate,
         }
@@ -359,4 +360,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=common.usage(__doc__)))

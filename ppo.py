@@ -34,10 +34,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Args:
-    model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
+    model: str = "models/arithmetic"  # folder or hub id of a causal LM, or a LoRA folder; the defaults suit this one
     data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
-    reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
+    reward: tuple[str, ...] = ("exact_answer",)  # names, or file.py:function; all are evaluated, the first is shown
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
     num_steps: int = 80  # steps; each takes the next batch of prompts
     prompts_per_step: int = 16  # prompts in a step
@@ -70,7 +70,7 @@ class Args:
     value_learning_rate: float = 1e-3  # peak learning rate of the value model's AdamW
     gamma: float = 1.0  # discount
     gae_lambda: float = 0.95  # 1 is the whole return minus the value, 0 is one step of temporal difference
-    target_kl: float | None = None  # a pass that ends at more KL per token, in its last minibatch, is the last one
+    target_kl: float | None = None  # no further pass once a pass's last minibatch exceeds this KL per token
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
 @torch.no_grad()
 def batch_logprobs(model, batch, minibatches, args):
-    """token_logprobs [B, T], in the update's own micro-batches: in bfloat16 rows beside a row move its log-probs."""
+    """token_logprobs [B, T], in the update's micro-batches, as in bfloat16 a row's log-probs depend on its batch."""
     logprobs = torch.zeros_like(batch[3])
     for minibatch in minibatches:
         for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
@@ -222,17 +222,16 @@ def value_loss(values, old_values, returns, completion_mask, *, value_clip_range
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
-    texts, ids = [], []
+    answers = []
     with common.autocast(args), common.gathered(model):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
-            completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            new_texts, new_ids = common.decode(tokenizer, *completions[:3], step)
-            texts += new_texts
-            ids += new_ids
+            *completions, truncated = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
+            answers += zip(*common.decode(tokenizer, *completions, step), truncated.tolist())
+    texts, ids, truncated = map(list, zip(*answers))
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    return {f"eval/{name}": values for name, values in components.items()}
+    return {f"eval/{name}": values for name, values in components.items()} | {"eval/truncated": torch.tensor(truncated)}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -250,7 +249,7 @@ def main(args: Args) -> dict[str, float]:
     value_optimizer = torch.optim.AdamW(value_model.parameters(), weight_decay=0.0, fused=True)  # each step sets lr
     G = args.samples_per_prompt
 
-    run.start(model=(model, optimizer), value_model=(value_model, value_optimizer))
+    run.start(train_rows, eval_rows, model=(model, optimizer), value_model=(value_model, value_optimizer))
     if run.done == 0:
         run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
@@ -261,20 +260,20 @@ def main(args: Args) -> dict[str, float]:
             completion_ids, completion_mask, sampled_logprobs, truncated = rollout(  # [B, T], truncated [B]
                 model, *prompts, max_new_tokens=args.max_new_tokens, samples_per_prompt=G, temperature=args.temperature
             )
-        lengths = completion_mask.sum(1)  # [B], before what nothing could score is masked
+        lengths = completion_mask.sum(1)  # [B], before unscored completions are masked
         run.lap("rollout")
 
         # 2. score
         texts, ids = common.decode(tokenizer, completion_ids, completion_mask, sampled_logprobs, step)
         rewards, components = score([row for row in rows for _ in range(G)], texts, ids)
-        rewards = rewards.to(model.device)  # [B]; NaN where nothing could score the completion,
-        completion_mask[rewards.isnan()] = 0.0  # which then takes no part in the update, though its length is logged
+        rewards = rewards.to(model.device)  # [B], NaN where no reward could score
+        completion_mask[rewards.isnan()] = 0.0  # unscored ones take no part in the update; lengths still has them
         batch = (*prompts, completion_ids, completion_mask)
         run.lap("score")
 
         # 3. log-probs and values that the update starts from; the reward and the advantage of each token
         minibatches = torch.randperm(len(rows)).chunk(args.num_minibatches)  # of prompts, the same in each epoch
-        old_logprobs = batch_logprobs(model, batch, minibatches, args)  # [B, T]; the sampler's are rounded otherwise
+        old_logprobs = batch_logprobs(model, batch, minibatches, args)  # [B, T]; the sampler's round differently
         old_values = torch.zeros_like(old_logprobs)  # [B, T]
         for minibatch in minibatches:
             for micro, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
@@ -294,7 +293,7 @@ def main(args: Args) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * common.decay(args, step)
         value_optimizer.param_groups[0]["lr"] = args.value_learning_rate * common.decay(args, step)
         stats = defaultdict(float)
-        for epoch in range(1, args.num_epochs + 1):  # noqa: B007
+        for epoch in range(1, args.num_epochs + 1):  # how many there were  # noqa: B007
             for minibatch in minibatches:
                 tokens = common.total(completion_mask.view(len(rows), G, -1)[minibatch].sum()).clamp(min=1)
                 kl = 0.0  # r - 1 - log r estimates KL(pi_old || pi)
@@ -347,4 +346,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=common.usage(__doc__)))

@@ -32,10 +32,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Args:
-    model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
+    model: str = "models/arithmetic"  # folder or hub id of a causal LM, or a LoRA folder; the defaults suit this one
     data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
-    reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
+    reward: tuple[str, ...] = ("exact_answer",)  # names, or file.py:function; all are evaluated, the first is shown
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
     num_steps: int = 60  # steps; each takes the next batch of prompts
     prompts_per_step: int = 32  # prompts in a step
@@ -62,7 +62,7 @@ class Args:
     # the algorithm's own
     num_epochs: int = 1  # passes over the completions of a step
     num_minibatches: int = 1  # optimizer steps in a pass
-    strategy: Literal["best_of_prompt", "threshold", "best_of_batch", "random"] = "best_of_prompt"  # see above
+    strategy: Literal["best_of_prompt", "threshold", "best_of_batch", "random"] = "best_of_prompt"  # what is trained
     threshold: float = 0.5  # a completion passes with a reward above it; random asks for none
 
 
@@ -179,17 +179,16 @@ def sft_loss(logprobs, completion_mask, *, normalizer):
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
-    texts, ids = [], []
+    answers = []
     with common.autocast(args), common.gathered(model):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
-            completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            new_texts, new_ids = common.decode(tokenizer, *completions[:3], step)
-            texts += new_texts
-            ids += new_ids
+            *completions, truncated = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
+            answers += zip(*common.decode(tokenizer, *completions, step), truncated.tolist())
+    texts, ids, truncated = map(list, zip(*answers))
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    return {f"eval/{name}": values for name, values in components.items()}
+    return {f"eval/{name}": values for name, values in components.items()} | {"eval/truncated": torch.tensor(truncated)}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -203,7 +202,7 @@ def main(args: Args) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     G = args.samples_per_prompt
 
-    run.start(model=(model, optimizer))
+    run.start(train_rows, eval_rows, model=(model, optimizer))
     if run.done == 0:
         run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
@@ -214,14 +213,14 @@ def main(args: Args) -> dict[str, float]:
             completion_ids, completion_mask, sampled_logprobs, truncated = rollout(  # [B, T], truncated [B]
                 model, *prompts, max_new_tokens=args.max_new_tokens, samples_per_prompt=G, temperature=args.temperature
             )
-        lengths = completion_mask.sum(1)  # [B], before what nothing could score is masked
+        lengths = completion_mask.sum(1)  # [B], before unscored completions are masked
         run.lap("rollout")
 
         # 2. score
         texts, ids = common.decode(tokenizer, completion_ids, completion_mask, sampled_logprobs, step)
         rewards, components = score([row for row in rows for _ in range(G)], texts, ids)
-        rewards = rewards.to(model.device)  # [B]; NaN where nothing could score the completion,
-        completion_mask[rewards.isnan()] = 0.0  # which then takes no part in the update, though its length is logged
+        rewards = rewards.to(model.device)  # [B], NaN where no reward could score
+        completion_mask[rewards.isnan()] = 0.0  # unscored ones take no part in the update; lengths still has them
         run.lap("score")
 
         # 3. select: kept [K] are rows of the batch
@@ -280,4 +279,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=common.usage(__doc__)))

@@ -28,10 +28,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Args:
-    model: str = "models/arithmetic"  # checkpoint folder or hub id of a causal language model
+    model: str = "models/arithmetic"  # folder or hub id of a causal LM, or a LoRA folder; the defaults suit this one
     data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
-    reward: tuple[str, ...] = ("exact_answer",)  # or file.py:function; the first also evaluates
+    reward: tuple[str, ...] = ("exact_answer",)  # names, or file.py:function; all are evaluated, the first is shown
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
     num_steps: int = 100  # steps; each takes the next batch of prompts
     prompts_per_step: int = 64  # prompts in a step
@@ -163,24 +163,19 @@ def is_target(turn):
 
 
 def tokenize(model, tokenizer, rows, args):
-    """Prompt and completion ids of each answer to be learned, which comes after what a rollout would read before it.
-
-    Longer ones than --max-length are dropped: cut off, they teach to break off.
-    """
+    """(prompt, completion) ids of each answer to be learned; those beyond --max-length are dropped."""
     longest, stop_ids, examples = min(args.max_length, model.context_length), model.generation_config.eos_token_id, []
     for row in rows:
         turns, answers = row["completion"], [(row, row["completion"])]
         if isinstance(turns, list):
             targets = [i for i, turn in enumerate(turns) if is_target(turn)]
             answers = [(row | {"prompt": [*row["prompt"], *turns[:i]]}, turns[i : i + 1]) for i in targets]
-        for row, answer in answers:
-            ids = common.prompt_tokens(tokenizer, row), common.completion_tokens(tokenizer, row, answer, stop_ids)
+        for asked, answer in answers:
+            ids = common.prompt_tokens(tokenizer, asked), common.completion_tokens(tokenizer, asked, answer, stop_ids)
             examples.append(ids)
     kept = [(prompt, completion) for prompt, completion in examples if len(prompt) + len(completion) <= longest]
     if len(kept) < len(examples):
         print(f"dropped {len(examples) - len(kept)} of {len(examples)} answers, which end beyond {longest} tokens")
-    if not kept:
-        raise SystemExit(f"--max-length {args.max_length}: leaves no row")
     return kept
 
 
@@ -189,19 +184,24 @@ def sft_loss(logprobs, completion_mask, *, normalizer):
     return -(logprobs * completion_mask).sum() / normalizer
 
 
-def evaluate(run, step, model, tokenizer, rows, score, args):
-    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
-    texts, ids = [], []
+@torch.no_grad()
+def evaluate(run, step, model, tokenizer, rows, examples, score, args):
+    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts; eval/loss of each token."""
+    answers, losses = [], [torch.zeros(0)]  # the losses of each token of the demonstrations
     with common.autocast(args), common.gathered(model):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
-            completions = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
-            new_texts, new_ids = common.decode(tokenizer, *completions[:3], step)
-            texts += new_texts
-            ids += new_ids
+            *completions, truncated = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
+            answers += zip(*common.decode(tokenizer, *completions, step), truncated.tolist())
+        for some in common.eval_batches(examples, args):
+            batch = common.collate(*zip(*some), model.device)
+            for _, inputs in common.micro_batches(batch, torch.arange(len(some)), args.micro_batch_size):
+                losses.append(-token_logprobs(model, *inputs)[inputs[-1] > 0].cpu())
+    texts, ids, truncated = map(list, zip(*answers))
     _, components = score(rows, texts, ids)
     run.log_samples(step, "eval", tokenizer, rows[:8], texts, components)
-    return {f"eval/{name}": values for name, values in components.items()}
+    components["loss"] = torch.cat(losses)
+    return {f"eval/{name}": values for name, values in components.items()} | {"eval/truncated": torch.tensor(truncated)}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -216,10 +216,11 @@ def main(args: Args) -> dict[str, float]:
     common.check_prompts(model, tokenizer, eval_rows, args.max_new_tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     examples = tokenize(model, tokenizer, train_rows, args)
+    held_out = tokenize(model, tokenizer, [row for row in eval_rows if row.get("completion")], args)
 
-    run.start(model=(model, optimizer))
+    run.start(examples, eval_rows, model=(model, optimizer))
     if run.done == 0:
-        run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
+        run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, held_out, score, args))
     for step in run.steps():
         # 1. demonstrations: N prompts of P tokens with a completion of T tokens each
         batch = common.collate(*zip(*common.take_batch(examples, step, args)), model.device)
@@ -249,11 +250,11 @@ def main(args: Args) -> dict[str, float]:
             "learning_rate": learning_rate,
         }
         if step % args.eval_every == 0 or step == args.num_steps:
-            metrics |= evaluate(run, step, model, tokenizer, eval_rows, score, args)
+            metrics |= evaluate(run, step, model, tokenizer, eval_rows, held_out, score, args)
         run.log(step, metrics)
         run.save(step)
     return run.finish(model, tokenizer)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=common.usage(__doc__)))

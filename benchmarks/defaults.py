@@ -25,17 +25,21 @@ REPO = Path(__file__).parent.parent
 RESULTS = REPO / "benchmarks" / "defaults.json"
 PICTURE = REPO / "docs" / "defaults.png"
 START, END = "<!-- benchmarks/defaults.py writes from here -->\n", "<!-- to here -->\n"
-RUNS = {  # name: script and flags, what it is, color of its curve (none: it is a control and has no curve)
-    "sft": (["sft"], "log-likelihood of demonstrations", "#7f7f7f"),
-    "rejection_sampling": (["rejection_sampling"], "fine-tune on the best of one's own samples", "#8c564b"),
-    "reinforce": (["reinforce"], "policy gradient; baseline none, mean or leave-one-out", "#1f77b4"),
-    "trpo": (["trpo"], "natural gradient within an exact KL bound", "#9467bd"),
-    "ppo": (["ppo"], "clipped updates, value model, GAE, KL in the reward", "#d62728"),
-    "grpo": (["grpo"], "group-relative advantages; GRPO, DAPO, Dr. GRPO, GSPO, CISPO", "#ff7f0e"),
-    "dpo": (["dpo"], "preference pairs; sigmoid, IPO, hinge, robust, SPPO, SimPO", "#17becf"),
-    "grape": (["grape"], "rubrics of verifiers and critics, weighted by confidence", "#2ca02c"),
-    "grape, unweighted": (["grape", "--confidence-scope", "none"], "control: the noisy critic counts in full", None),
-    "rejection_sampling, random": (["rejection_sampling", "--strategy", "random"], "control: no selection", None),
+COLORS = {  # of a script in every picture; told apart by the colour-blind, too (Okabe and Ito; Tol's indigo)
+    "sft": "#000000", "rejection_sampling": "#e69f00", "reinforce": "#56b4e9", "trpo": "#009e73", "ppo": "#d55e00",
+    "grpo": "#0072b2", "dpo": "#cc79a7", "grape": "#332288",
+}  # fmt: skip
+RUNS = {  # name: script and flags, what it is; a control has more than one word, and no curve
+    "sft": (["sft"], "log-likelihood of demonstrations"),
+    "rejection_sampling": (["rejection_sampling"], "fine-tune on the best of one's own samples"),
+    "reinforce": (["reinforce"], "policy gradient; baseline none, mean or leave-one-out"),
+    "trpo": (["trpo"], "natural gradient within an exact KL bound"),
+    "ppo": (["ppo"], "clipped updates, value model, GAE, KL in the reward"),
+    "grpo": (["grpo"], "group-relative advantages; GRPO, DAPO, Dr. GRPO, GSPO, CISPO"),
+    "dpo": (["dpo"], "preference pairs; sigmoid, IPO, hinge, robust, SPPO, SimPO"),
+    "grape": (["grape"], "rubrics of verifiers and critics, weighted by confidence"),
+    "grape, unweighted": (["grape", "--confidence-scope", "none"], "control: the noisy critic counts in full"),
+    "rejection_sampling, random": (["rejection_sampling", "--strategy", "random"], "control: no selection"),
 }
 
 
@@ -79,10 +83,10 @@ def table(results: dict) -> str:
         return low if low == high else f"{low} to {high}"
 
     lines = ["| script | what it is | before | after | seconds |", "|---|---|---|---|---|"]
-    for name, (command, what, color) in RUNS.items():
+    for name, (command, what) in RUNS.items():
         runs = results["runs"].get(name, [])
         if runs:
-            title = f"[{name}.py]({name}.py)" if color else f"`{' '.join([f'{command[0]}.py', *command[1:]])}`"
+            title = f"[{name}.py]({name}.py)" if name in COLORS else f"`{' '.join([f'{command[0]}.py', *command[1:]])}`"
             before, after = ([run["accuracy"][i] for run in runs] for i in (0, -1))
             seconds = span([run["seconds"][-1] for run in runs], 0)
             lines.append(f"| {title} | {what} | {span(before, 2)} | {span(after, 2)} | {seconds} |")
@@ -99,9 +103,9 @@ def draw(results: dict) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, constrained_layout=True)
     for axis, x, title in zip(axes, ("samples", "seconds"), ("completions sampled (sft, dpo: shown)", "seconds")):
-        for name, (_, _, color) in RUNS.items():
+        for name, color in COLORS.items():
             runs = results["runs"].get(name, [])
-            if color and runs:
+            if runs:
                 xs = [sum(values) / len(values) for values in zip(*(run[x] for run in runs))]
                 accuracies = list(zip(*(run["accuracy"] for run in runs)))
                 axis.fill_between(

@@ -127,7 +127,7 @@ def ours(name, model, device, size):
         return evaluate(run, step, model, tokenizer, rows if step else rows[:1], *rest)
 
     module.evaluate = last
-    accuracy = next(value for name, value in module.main(args).items() if name.startswith("eval/"))
+    accuracy = module.main(args)[f"eval/{args.reward[0].rpartition(':')[2]}"]
     ends[-1] = None  # after the evaluation
     return {
         "ends": ends,
@@ -253,15 +253,15 @@ def trls(name, model, device, size):
     trainer.add_callback(Clock())
     trainer.train()
     memory = peak_memory(device)
-    import sft
+    import grpo
 
     trained = getattr(trainer.model, "policy", trainer.model).eval()
     trained.generation_config.eos_token_id = [tokenizer.eos_token_id]
     score = common.load_reward(("exact_answer",), ())
     silent = type("Silent", (), {"log_samples": lambda *a: None})()
     small = held_out if model == "models/arithmetic" else held_out[:1]
-    args = common.check_args(sft.Args(device=device, prompts_per_step=64, max_new_tokens=size["tokens"]))
-    accuracy = sft.evaluate(silent, 0, trained, tokenizer, small, score, args)["eval/exact_answer"].nanmean().item()
+    args = common.check_args(grpo.Args(device=device, max_new_tokens=size["tokens"]))
+    accuracy = grpo.evaluate(silent, 0, trained, tokenizer, small, score, args)["eval/exact_answer"].nanmean().item()
     return {"ends": ends, "rollouts": rollouts[:-1], "tokens": tokens, "memory": memory, "accuracy": accuracy}
 
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
+from defaults import COLORS
 from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
@@ -89,9 +90,8 @@ def read(file: Path) -> list[dict]:
 
 
 def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
-    """(step, value) of the first evaluated reward."""
-    headline = next(name for name in rows[0] if name.startswith("eval/"))
-    return [(row["step"], row[headline]) for row in rows if headline in row]
+    """(step, share of the held-out problems that are solved)."""
+    return [(row["step"], row["eval/solved"]) for row in rows if "eval/solved" in row]
 
 
 def minutes_of(rows: list[dict]) -> float:
@@ -141,13 +141,14 @@ def draw(out: Path, names: list[str]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.2), constrained_layout=True)
-    colours = dict(zip(RUNS, plt.get_cmap("tab20").colors))
+    styles = {"random": ":", "grpo-too-fast": "--", "grpo-too-often": ":", "dpo-too-loose": "--"}
     for axis, (title, (unit, runs)) in zip(axes, PANELS.items()):
         for name in [name for name in runs.split() if name in names]:
             rows = read(out / name / "metrics.jsonl")
             scale = {"minutes": minutes_of(rows), "completions": sequences_of(out / name), "steps": 1}[unit]
             points = [(step * scale, value) for step, value in evaluations(rows)]
-            axis.plot(*zip(*points), label=name, color=colours[name], marker="o", markersize=3)
+            color, style = COLORS[flags_of(name).split()[0]], styles.get(name, "-")
+            axis.plot(*zip(*points), label=name, color=color, linestyle=style, marker="o", markersize=3)
         axis.set(title=title, xlabel=unit, ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
         if axis.lines:

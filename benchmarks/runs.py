@@ -13,7 +13,7 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     print("| run | steps | before | after | best | seconds | GB |\n|---|---|---|---|---|---|---|")
     for run in runs:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        headline = next(name for name in rows[0] if name.startswith("eval/"))
+        headline = next(name for name, value in rows[0].items() if name.startswith("eval/") and value is not None)
         accuracies = [row[headline] for row in rows if headline in row]
         measured = " | ".join(f"{value:.3f}" for value in (accuracies[0], accuracies[-1], max(accuracies)))
         memory = max(row.get("memory/peak", 0) for row in rows)

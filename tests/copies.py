@@ -17,6 +17,7 @@ DIFFERENT = {
     "Args": {(script,): "shared fields first, the algorithm's own last" for script in SCRIPTS},
     "main": {(script,): "the loop of the algorithm" for script in SCRIPTS},
     "tokenize": {("sft",): "demonstrations; longer ones are dropped", ("dpo",): "pairs; longer ones are cut off"},
+    "evaluate": {("sft",): "the loss of demonstrations, too", ("dpo",): "pairs, too"},
     "compute_advantages": {("grpo", "grape"): "scaled by the group's deviation; the others have baselines"},
     "policy_loss": {
         ("reinforce",): "one update for each rollout, so no ratio",

@@ -116,8 +116,8 @@ def test_frozen_weights_are_bfloat16_where_autocast_makes_them_so_and_nothing_ch
     assert {p.dtype for p in load_file(folder / "model" / "adapter_model.safetensors").values()} == {torch.float32}
 
 
-def test_adapters_merged_by_peft_are_an_ordinary_model(tmp_path):
-    """As docs/scaling.md shows it: any script takes the folder, and refuses that of the adapters alone."""
+def test_a_folder_of_adapters_is_a_model_of_which_the_next_run_goes_on(tmp_path, capsys, monkeypatch):
+    """Merged as peft merges them; adapters that are trained on top of it are saved merged, as peft knows only one."""
     folder = train(sft, tmp_path / "run", lora_rank=4)
     base, tokenizer = common.load_model("models/arithmetic", CPU)
     adapted = peft.PeftModel.from_pretrained(base, folder / "model")
@@ -126,9 +126,17 @@ def test_adapters_merged_by_peft_are_an_ordinary_model(tmp_path):
     tokenizer.save_pretrained(tmp_path / "merged")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(whole, tokenizer), expected, rtol=1e-4, atol=1e-4)
-    train(grpo, tmp_path / "next", model=str(tmp_path / "merged"))
-    with pytest.raises(SystemExit, match=r"adapters, not a model; merge them as docs/scaling\.md shows"):
-        train(grpo, tmp_path / "refused", model=str(folder / "model"))
+    merged, _ = common.load_model(str(folder / "model"), CPU)
+    torch.testing.assert_close(logits(merged, tokenizer), expected, rtol=1e-4, atol=1e-4)
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+    assert capsys.readouterr().out.endswith("(adapters: --model or peft.AutoPeftModelForCausalLM loads them)\n")
+    next_folder, models, load_model = tmp_path / "next", [], common.load_model
+    monkeypatch.setattr(common, "load_model", lambda *a, **k: models.append(load_model(*a, **k)) or models[-1])
+    train(grpo, next_folder, model=str(folder / "model"), lora_rank=2, reward=("test_runs:draw",))
+    assert capsys.readouterr().out.endswith(f"model in {next_folder / 'model'}\n")
+    last = AutoModelForCausalLM.from_pretrained(next_folder / "model", dtype=torch.float32)
+    torch.testing.assert_close(logits(last, tokenizer), logits(models[0][0], tokenizer), rtol=1e-4, atol=1e-4)
+    assert (logits(last, tokenizer) - expected).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("module", [sft, grpo], ids=lambda module: module.__name__)

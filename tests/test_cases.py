@@ -256,7 +256,7 @@ def test_a_stretched_context_is_used_to_its_original_length(kind, tmp_path, toke
     rows = [{"prompt": "1234", "completion": n * "5", "chosen": n * "5", "rejected": n * "6"} for n in (11, 40)]
     lengths = {len(p + c) for p, c in sft.tokenize(model, tokenizer, rows, sft.Args())}
     pairs = dpo.tokenize(model, tokenizer, rows, dpo.Args())
-    assert max(lengths) == max(len(p + c) for p, c, _ in pairs) == (45 if kind == "linear" else 16)
+    assert max(lengths) == max(len(p + c) for p, (c, _) in pairs) == (45 if kind == "linear" else 16)
     if kind != "linear":
         with pytest.raises(SystemExit, match="the model's context has room for 1 to 8"):
             common.check_prompts(model, tokenizer, [{"prompt": "123456789"}], 8)

@@ -83,11 +83,11 @@ def test_every_turn_of_the_assistant_is_learned_and_no_other(chat):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [turn("user", "a")]}, '"completion" is missing or empty'),
+        ({"messages": [turn("user", "a")]}, 'no "completion": it has .*, the script takes prompt, completion'),
         ({"messages": [turn("user", "a"), *A, *B]}, "two answers of the assistant in turn"),
         ({"prompt": "a", "completion": [turn("assistant", "", tool_calls=[])]}, "a message without content"),
         ({"prompt": "a", "completion": [turn("assistant", "")]}, "a message without content"),
-        ({"text": "a b"}, '"prompt" is missing or empty'),
+        ({"text": "a b"}, 'no "prompt": it has text, the script takes prompt, completion'),
     ],
 )
 def test_demonstrations_that_are_none_are_refused_by_row(row, message, tmp_path):
@@ -123,14 +123,14 @@ def test_pairs_with_the_prompt_apart_or_within(row, expected):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"chosen": "The sky is blue", "rejected": "The sky is red"}, '"prompt" is missing or empty'),
-        ({"chosen": ASKED + A, "rejected": [*ASKED, *A, turn("user", "c"), *B]}, '"chosen" .*one answer|"rejected"'),
+        ({"chosen": "The sky is blue", "rejected": "The sky is red"}, 'no "prompt": it has chosen, rejected, prompt'),
+        ({"chosen": ASKED + A, "rejected": [*ASKED, *A, turn("user", "c"), *B]}, "not one answer of the assistant"),
         (
             {"prompt": "other", "chosen": ASKED + A, "rejected": ASKED + B},
-            '"chosen" is not one answer of the assistant',
+            "not one answer of the assistant",
         ),
-        ({"chosen": f"{HH} x\n\nHuman: b\n\nAssistant: A", "rejected": f"{HH} B"}, '"chosen" is not one answer'),
-        ({"prompt": "a", "chosen": A, "rejected": [turn("user", "B")]}, '"rejected" is not one answer'),
+        ({"chosen": f"{HH} x\n\nHuman: b\n\nAssistant: A", "rejected": f"{HH} B"}, "not one answer"),
+        ({"prompt": "a", "chosen": A, "rejected": [turn("user", "B")]}, "not one answer"),
     ],
 )
 def test_pairs_that_are_none_are_refused_by_row(row, message, tmp_path):

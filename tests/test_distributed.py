@@ -238,7 +238,7 @@ def test_ctrl_c_on_one_process_saves_on_all(tmp_path):
 
 def test_a_signal_that_both_torchrun_and_a_scheduler_send_does_not_end_at_once(tmp_path, monkeypatch):
     run = common.Run(grpo.Args(output_dir=str(tmp_path)))
-    run.start()
+    run.start([0], [0], model=(torch.nn.Linear(1, 1), None))
     steps = run.steps()
     next(steps)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

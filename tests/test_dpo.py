@@ -2,8 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
+import common
 import dpo
+import sft
 
 import pytest
 import torch
@@ -82,6 +85,52 @@ def run(folder, **settings):
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
 
 
+def sums_of_logps(path, rows):
+    """log pi of the chosen and rejected answers of rows by transformers' own loss, one at a time."""
+    model, tokenizer = common.load_model(path, "cpu")
+    logps = []
+    for text in [row["prompt"] + row[name] for row in rows for name in ("chosen", "rejected")]:
+        ids, start = (
+            tokenizer(text, return_tensors="pt").input_ids,
+            len(tokenizer(text.partition("?")[0] + "?").input_ids),
+        )
+        ids = torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
+        labels = ids.clone().index_fill(1, torch.arange(start), -100)
+        logps.append(-model(input_ids=ids, labels=labels).loss.item() * (ids.shape[1] - start))
+    return torch.tensor(logps).view(-1, 2)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
+def test_held_out_pairs_are_measured_as_transformers_would(loss_type, tmp_path, capsys):
+    rows = [json.loads(line) for line in Path(FEW).read_text().splitlines()[:5]]
+    rows = [row | {"answer": None, "chosen": " so it is", "rejected": f" no, {i}"} for i, row in enumerate(rows)]
+    data = {"data": FEW, "eval_data": write(tmp_path / "e.jsonl", rows), "eval_prompts": 5}
+    metrics = run(tmp_path, **data, loss_type=loss_type, learning_rate=3e-3)[-1]
+    logps, ref = (sums_of_logps(path, rows) for path in (str(tmp_path / "run" / "model"), "models/arithmetic"))
+    if loss_type == "simpo":
+        logps, ref = (
+            logps / torch.tensor([[10.0, 7.0]]),
+            torch.zeros(5, 2),
+        )  # per character, the tokens here, and the end
+    margins = {"sigmoid": 0.1, "simpo": 2.0}[loss_type] * (logps - ref).diff(dim=1).neg()
+    assert metrics["eval/margin"] == pytest.approx(margins.mean().item(), abs=1e-3)
+    assert metrics["eval/pairs"] == pytest.approx((margins > 0).float().mean().item())
+    nls = -torch.nn.functional.logsigmoid(margins - float(loss_type == "simpo"))
+    assert metrics["eval/loss"] == pytest.approx(nls.mean().item(), abs=1e-3)
+    assert metrics["eval/exact_answer"] is None  # it has nothing to compare
+    assert f"dpo: held-out pairs {0.5 if loss_type == 'sigmoid' else 0.8:.3f} -> " in capsys.readouterr().out
+
+
+def test_held_out_demonstrations_in_free_text_are_measured_by_their_loss(tmp_path, capsys):
+    rows = [{"prompt": f"What is {i}?", "completion": text} for i, text in enumerate((" so it is", " no", " maybe"))]
+    data = {"data": FEW, "eval_data": write(tmp_path / "e.jsonl", rows), "prompts_per_step": 2, "num_steps": 1}
+    last = sft.main(sft.Args(**data, learning_rate=3e-3, output_dir=str(tmp_path / "run")))
+    pairs = [row | {"chosen": row["completion"], "rejected": row["completion"]} for row in rows]
+    nll = [-sums_of_logps(path, pairs)[:, 0].sum() / 21 for path in ("models/arithmetic", str(tmp_path / "run/model"))]
+    assert last["eval/loss"] == pytest.approx(nll[1].item(), abs=1e-4)
+    assert f"sft: held-out loss {nll[0]:.3f} -> {nll[1]:.3f} (" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "simpo"])
 def test_runs_with_each_loss(loss_type, tmp_path):
     rows = run(tmp_path, loss_type=loss_type)
@@ -110,7 +159,7 @@ def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path, capsys):
     ]
     data = {"data": write(tmp_path / "d.jsonl", rows), "eval_data": write(tmp_path / "e.jsonl", rows[:1])}
     run(tmp_path, **data, max_length=18)
-    assert "dropped 3 of 5 rows" in capsys.readouterr().out
+    assert "dropped 3 of 5 pairs" in capsys.readouterr().out
     (tmp_path / "none").mkdir()
-    with pytest.raises(SystemExit, match="--max-length 10"):
+    with pytest.raises(SystemExit, match="no row is left to train on"):
         run(tmp_path / "none", **data, max_length=10)

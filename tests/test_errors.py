@@ -64,8 +64,8 @@ def test_bad_rows_are_named_before_a_model_is_loaded(script, tmp_path, no_model)
     for rows, message in [
         ((), "too few rows"),
         ((GOOD, GOOD), "too few rows"),  # one prompt, which is held out
-        ((GOOD, {name: GOOD[name] for name in GOOD if name != column}), f'd.jsonl, row 2: "{column}" is missing'),
-        ((GOOD, GOOD | {column: ""}), f'd.jsonl, row 2: "{column}" is missing or empty'),
+        ((GOOD, {name: GOOD[name] for name in GOOD if name != column}), f'd.jsonl, row 2: no "{column}": it has '),
+        ((GOOD, GOOD | {column: ""}), f'd.jsonl, row 2: no "{column}": it has '),
         ((GOOD, GOOD | {"prompt": [turn("user", "")]}), "d.jsonl, row 2: a message without content"),
         ((GOOD, GOOD | {"prompt": [turn("assistant", None)]}), "d.jsonl, row 2: a message without content"),
     ]:
@@ -109,7 +109,6 @@ MODELS = {  # the kind of a model, and what is done to its folder; parts of its 
     "h.0.attn.c_attn.bias": ("gpt2", lambda m: rewrite(m, lambda name: name * ("0.attn.c_attn.bias" not in name))),
     "start at random: .*model.layers": ("llama", lambda m: rewrite(m, lambda name: f"_orig_mod.{name}")),
     "quantized": ("llama", lambda m: configure(m, "config.json", quantization_config={"quant_method": "gguf"})),
-    "adapters, not a model": ("llama", lambda m: (m / "adapter_config.json").write_text("{}")),
 }
 
 
@@ -147,15 +146,24 @@ def test_a_model_that_could_not_sample(tmp_path, tokenizer, monkeypatch):
     ("body", "message"),
     [
         ("[1.0]", "reward judge: returned 1 values for 2 completions"),
-        ("[None] * len(completions)", "the first one scored no held-out completion"),
+        ("[None] * len(completions)", "none scored a held-out completion"),
         ("[float('nan')] * len(completions)", "reward judge: returned nan"),
         ("[float('-inf')] * len(completions)", "reward judge: returned -inf"),
     ],
 )
-@pytest.mark.parametrize("script", ["sft", "grpo"])
+@pytest.mark.parametrize("script", ["rejection_sampling", "grpo"])
 def test_rewards_that_return_nonsense(script, body, message, tmp_path):
     (tmp_path / "own.py").write_text(f"def judge(completions, **columns):\n    return {body}\n")
     assert message in message_of(script, tmp_path, reward=(f"{tmp_path / 'own.py'}:judge",))
+
+
+def test_a_reward_that_is_not_there(tmp_path, no_model):
+    (tmp_path / "own.py").write_text("def judge(completions, **columns):\n    return [0.0 for _ in completions]\n")
+    for name, nearest in (("exct_answer", "exact_answer"), (f"{tmp_path / 'own.py'}:jude", "judge")):
+        message = message_of("grpo", tmp_path, reward=(name,))
+        assert message == f"{name}: not found; the nearest is {nearest}; give exact_answer or file.py:function"
+    with pytest.raises(FileNotFoundError, match=r"none\.py"):
+        message_of("grpo", tmp_path, reward=("none.py:judge",))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

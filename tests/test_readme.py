@@ -41,13 +41,13 @@ def test_the_table_against_trl_is_that_of_the_stored_rounds():
 
 
 def test_pages_have_their_lines():
-    lines = {"README": 150, "CONTRIBUTING": 70, "docs/speed": 90, "docs/scaling": 120, "docs/correctness": 150}
+    lines = {"README": 140, "CONTRIBUTING": 70, "docs/speed": 90, "docs/scaling": 120, "docs/correctness": 150}
     for page, most in lines.items():
         assert len((REPO / f"{page}.md").read_text().splitlines()) <= most, page
 
 
 def test_gsm8ks_rows_become_messages_and_the_reward_reads_them():
-    page = (REPO / "README.md").read_text()
+    page = (REPO / "docs" / "using.md").read_text()
     (code,) = re.findall(r'^python -c "\n(.*?)" <', page, re.MULTILINE | re.DOTALL)
     line = json.dumps({"question": "How many?", "answer": "Half of 144.\n#### 72"})
     done = subprocess.run(["bash", "-c", f'python3 -c "\n{code}"'], input=line, capture_output=True, text=True)
@@ -57,13 +57,17 @@ def test_gsm8ks_rows_become_messages_and_the_reward_reads_them():
     assert row["answer"] == "Half of 144.\n#### 72"
 
     scope = {}
-    exec(re.search(r"^```python\n(def brevity.*?)^```", page, re.MULTILINE | re.DOTALL)[1], scope)
+    exec(
+        re.search(r"^```python\n(def brevity.*?)^```", (REPO / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1],
+        scope,
+    )
     completions = [[{"role": "assistant", "content": text}] for text in ("72", "It is 72")]
     assert scope["brevity"](completions, ["72", "72"], prompts=[[], []]) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in REPO.glob("docs/*.md"))]
+    "page",
+    ["README.md", "CONTRIBUTING.md", "examples/README.md", *sorted(f"docs/{p.name}" for p in REPO.glob("docs/*.md"))],
 )
 def test_a_page_names_files_that_there_are(page):
     text = (REPO / page).read_text()

@@ -71,9 +71,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(script, tmp_path
     closing = capsys.readouterr().out.splitlines()[-1]
     expected = whole(script, **settings)
     assert outcome(folder) == expected
-    first, last = (expected["metrics"][i]["eval/exact_answer"] for i in (0, -1))
-    assert closing.startswith(f"{script}: held-out exact_answer {first:.3f} -> {last:.3f} in ")
-    assert final["eval/exact_answer"] == last
+    name = "pairs" if script == "dpo" else "exact_answer"
+    first, last = (expected["metrics"][i][f"eval/{name}"] for i in (0, -1))
+    assert re.match(rf"{script}: held-out {name} {first:.3f} -> {last:.3f}( .*)? in ", closing)
+    assert final[f"eval/{name}"] == last
 
 
 def die_at(last, function=common.decay):
@@ -232,15 +233,38 @@ def test_runs_of_one_moment_have_folders_of_their_own(tmp_path, monkeypatch):
 
 def test_the_terminal_shows_what_a_model_says_and_takes_no_command_of_it(tmp_path, capsys, tokenizer):
     run = common.Run(SCRIPTS["sft"].Args(output_dir=str(tmp_path / "run")))
-    run.start()
+    run.start([1] * 64, [1], model=(torch.nn.Linear(9, 1), None))
+    assert capsys.readouterr().out.splitlines() == [
+        "model  models/arithmetic: trains 1e-05 M of 1e-05 M parameters; auto, auto",
+        "rows   64 to train on, 1 held out; 100 steps, 1.0 to an epoch",
+        f"run    {tmp_path / 'run'}",
+        "1 held-out rows: too few to tell much; give others by --eval-data, or more --eval-prompts",
+    ]
     said = ["\x1b[2J\x07\r85\x9b", *"abc"]
     scores = {"right": torch.tensor([1.0, 0, 0, 0]), "long": torch.tensor([0.5] * 4)}
-    run.log_samples(0, "eval", tokenizer, [{"prompt": "a\nb"}] * 4, said, scores)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == r"step 0     'a\nb' -> '\x1b[2J\x07\r85\x9b' | right 1 long 0.5"
-    assert len(lines) == 3  # the first ones; samples.jsonl has all
+    for step, count in ((0, 3), (1, 1), (100, 3)):
+        run.log_samples(step, "eval", tokenizer, [{"prompt": "a\nb" + 99 * "c"}] * 4, said, scores)
+        run.log(step, {"eval/right": scores["right"], "eval/none": torch.tensor([torch.nan]), "reward/mean": 12.3})
+        figures, *samples = capsys.readouterr().out.splitlines()  # that of four rows; samples.jsonl has all
+        assert re.fullmatch(rf"step {step}  right 0.250  reward 12  \d+ s", figures) and len(samples) == count
+        assert samples[0] == "    '" + r"a\nb" + 99 * "c" + r"' -> '\x1b[2J\x07\r85\x9b' | right 1 long 0.5"
+    assert run.bar.postfix == "right .25 reward 12.30 0 tok/s"
     for step in (1, 2):
         run.log(step, {"completion/truncated": torch.ones(3), "group/zero_std": torch.tensor([1.0, 0.0])})
-    assert re.findall("step .*", capsys.readouterr().out) == [f"step 1: {common.ADVICE['completion/truncated']}"]
+    run.log(3, {"eval/right": 0.1, "eval/truncated": 1.0})
+    advice = [f"step {i}: {common.ADVICE[name]}" for i, name in ((1, "completion/truncated"), (3, "eval/truncated"))]
+    assert re.findall("step .: .*", capsys.readouterr().out) == advice
+    assert common.shorten(200 * "a" + 200 * "b") == "'" + 69 * "a" + " ... " + 69 * "b" + "'"
     rows = read_jsonl(tmp_path / "run" / "samples.jsonl")
-    assert [row["completion"] for row in rows] == said and [row["right"] for row in rows] == [1, 0, 0, 0]
+    assert [row["completion"] for row in rows] == 3 * said and [row["right"] for row in rows] == 3 * [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("name", "said"), [("right", " (0.900 at step 1)"), ("loss", " (0.100 at step 2)")])
+def test_the_closing_line_names_the_best_evaluation(name, said, tmp_path, capsys):
+    model, tokenizer = common.load_model("models/arithmetic", "cpu")
+    run = common.Run(SCRIPTS["sft"].Args(output_dir=str(tmp_path)))
+    run.start([1], [1], model=(model, None))
+    for step, value in enumerate((0.3, 0.9, 0.1, 0.5)):
+        run.log(step, {"eval/none": torch.tensor([torch.nan]), f"eval/{name}": value})
+    run.finish(model, tokenizer)
+    assert f"held-out {name} 0.300 -> 0.500{said} in 0 s" in capsys.readouterr().out

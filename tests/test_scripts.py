@@ -1,6 +1,7 @@
 """Whole runs: each script learns from the embedded default, and runs on a chat model with a data file of its own."""
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -47,11 +48,12 @@ def test_learns(script, steps, target, tmp_path, capsys):
     flags = ["--num-steps", str(steps), "--eval-every", "20", "--data", MANY, "--output-dir", str(out)]
     SCRIPTS[script].main(tyro.cli(SCRIPTS[script].Args, args=flags))
     printed = capsys.readouterr().out
-    pattern = rf"{script}: held-out exact_answer (\S+) -> (\S+)( .*)? in \d+ s, model in {re.escape(str(out))}/model"
+    name, metrics = "pairs" if script == "dpo" else "exact_answer", read_jsonl(out / "metrics.jsonl")
+    pattern = rf"{script}: held-out {name} (\S+) -> (\S+)( .*)? in \d+ s, model in {re.escape(str(out))}/model"
     before, after = map(float, re.fullmatch(pattern, printed.strip().splitlines()[-1]).groups()[:2])
-    assert 0.2 < before < 0.4 and after >= target
-    assert printed.startswith("step 0     'What is ")
-    metrics = read_jsonl(out / "metrics.jsonl")
+    assert [f"{metrics[i][f'eval/{name}']:.3f}" for i in (0, -1)] == [f"{x:.3f}" for x in (before, after)]
+    assert 0.2 < metrics[0]["eval/exact_answer"] < 0.4 and metrics[-1]["eval/exact_answer"] >= target
+    assert re.match(r"model  .*\nrows   .*\nrun    .*\nstep 0  .* s\n    'What is ", printed)
     assert [row["step"] for row in metrics] == list(range(steps + 1))
     assert json.loads((out / "args.json").read_text())["num_steps"] == steps
     assert {row["step"] for row in read_jsonl(out / "samples.jsonl")} >= {0, steps}
@@ -260,10 +262,10 @@ def test_sft_drops_rows_that_are_too_long_and_fakes_no_stop_token(tmp_path, monk
     settings = {"data": str(tmp_path / "d.jsonl"), "eval_data": str(tmp_path / "d.jsonl"), "prompts_per_step": 3}
     run("sft", tmp_path / "run", num_steps=2, max_length=20, **settings)
     assert "dropped 1 of 4 answers" in capsys.readouterr().out
-    assert len(seen) == 6 and {len(completion) for completion in seen} == {3, 5}
+    assert len(seen) == 6 + 4 and {len(completion) for completion in seen} == {3, 5}
     assert all(completion[-1] == 0 and 0 not in completion[:-1] for completion in seen)
     for script, length in (("sft", 5), ("dpo", 3)):
-        with pytest.raises(SystemExit, match=f"--max-length {length}"):
+        with pytest.raises(SystemExit, match="no row is left to train on: all are beyond --max-length"):
             run(script, tmp_path / script, max_length=length)
 
 
@@ -294,7 +296,7 @@ def test_settings_are_those_of_the_papers():
     assert {x: list(settings.values())[4:] for x, settings in more.items()} == {"dapo": [3, True]}
     defaults = grape.Args()
     assert (defaults.clip_low, defaults.clip_high, defaults.scale, defaults.beta) == papers["grpo"]
-    assert dpo.PAPER_BETA == {"sppo": 0.001, "simpo": 2.0}
+    assert '{"sppo": 0.001, "simpo": 2.0}.get(args.loss_type, 0.1)' in inspect.getsource(dpo.main)
 
 
 def test_copies_are_equal():
@@ -322,8 +324,11 @@ def test_flags_of_one_name_mean_one_thing():
 def test_each_flag_has_a_help_of_its_own(script, capsys):
     """As tyro prints it: a comment over several fields would be the help of each, one in a wrong place of none."""
     with pytest.raises(SystemExit):
-        tyro.cli(SCRIPTS[script].Args, args=["--help"], prog="script")
+        description = common.usage(SCRIPTS[script].__doc__)
+        tyro.cli(SCRIPTS[script].Args, args=["--help"], prog="script", description=description)
     printed = re.sub(r"[^\x20-\x7e]|\s", "", capsys.readouterr().out)  # without the frame and its line breaks
+    described, printed = printed.split("options", 1)
+    assert f"python{script}.py--model" in described and "Source" not in described
     helps = []
     for line in (REPO / f"{script}.py").read_text().splitlines():
         if match := re.match(r"    (\w+): [^#]*  # (.+)$", line):

@@ -377,7 +377,7 @@ def test_sft(record, tokenizer, chat_data, monkeypatch):
     collated = spy(monkeypatch, common, "collate")
     recording, known = record(sft), list(templates(tokenizer, chat_data, "completion"))
     assert len(recording.updates) == 2
-    for update, ((prompts, completions, _), *_) in zip(recording.updates, collated):
+    for update, ((prompts, completions, _), *_) in zip(recording.updates, collated[1:]):  # evaluate's
         examples = list(zip(prompts, completions))
         assert len(examples) == 6 and all(example in known for example in examples)
         total = sum(plain_logprobs(update.model, *example, 1.0).sum() for example in examples)
@@ -386,13 +386,15 @@ def test_sft(record, tokenizer, chat_data, monkeypatch):
 
 @pytest.mark.parametrize("micro_batch_size, weight", [(1, 0.0), (5, 0.3)])
 def test_dpo(record, tokenizer, chat_data, monkeypatch, micro_batch_size, weight):
-    batches = spy(monkeypatch, dpo, "pair_batch")
+    batches = spy(monkeypatch, common, "collate")
     recording = record(dpo, micro_batch_size=micro_batch_size, beta=BETA, sft_weight=weight)
     known = list(templates(tokenizer, chat_data, "chosen", "rejected"))
     assert len(recording.updates) == 2
-    for update, metrics, ((pairs, _), *_) in zip(recording.updates, recording.metrics, batches[-2:]):
-        assert len(pairs) == 6 and all(pair in known for pair in pairs)
-        rows = [(prompt, completion) for prompt, *both in pairs for completion in both]
+    for update, metrics, ((prompts, answers, _), *_) in zip(
+        recording.updates, recording.metrics, batches[-3:]
+    ):  # the last is evaluate's
+        assert len(prompts) == 6 and all(pair in known for pair in zip(prompts, answers[::2], answers[1::2]))
+        rows = [(prompts[i // 2], completion) for i, completion in enumerate(answers)]
         logps, ref = (
             torch.stack([plain_logprobs(model, *row, 1.0).sum() for row in rows]).view(-1, 2)
             for model in (update.model, recording.start)
