@@ -61,7 +61,7 @@ def test_processes_share_rows_and_evaluations(monkeypatch):
         monkeypatch.setattr(common, "RANK", rank)
         parts.append(common.take_batch(rows, 2, args))
         assert [len(batch) for batch in common.eval_batches(rows[:5], args)] == [2, 2, 1]  # as many as in a step
-    with pytest.raises(SystemExit, match="--prompts-per-step: must divide among the processes"):
+    with pytest.raises(SystemExit, match="--prompts-per-step: must be a multiple of the processes"):
         common.check_args(sft.Args(prompts_per_step=6))
     assert [row for part in parts for row in part] == whole and {len(part) for part in parts} == {2}
 
