@@ -60,7 +60,8 @@ def learn(args):
 def speed(args, rounds=5):
     model, prompts, sizes = load(args)
     ratios = []
-    for number in range(rounds + 1):  # the first warms up
+    for number in range(rounds + 1):
+        sizes["max_new_tokens"] = args.max_new_tokens if number else 4  # the first warms up
         model.vllm.wake_up()
         start = time.perf_counter()
         model.vllm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())})
