@@ -52,6 +52,7 @@ SHOWN = {  # figures of a step that the terminal shows, and their labels
     "kl/ref": "kl", "completion/length": "length", "completion/truncated": "cut off",
 }  # fmt: skip
 ADVICE = {  # said once, when one of these metrics is 1
+    "unscored": "no reward could score any completion, so nothing is learned of them; look into samples.jsonl",
     "completion/truncated": "every completion was cut off; raise --max-new-tokens, or the model never ends",
     "eval/truncated": "every held-out completion was cut off; raise --max-new-tokens, or the model never ends",
     "group/zero_std": "the completions of each prompt scored alike, so there is nothing to learn; give easier or "
@@ -654,15 +655,14 @@ class Run:
         held_out = {name[5:]: x for name, x in metrics.items() if name.startswith("eval/") and not math.isnan(x)}
         if "eval/truncated" in metrics and held_out.keys() <= {"truncated"}:
             raise SystemExit("--reward: none scored a held-out completion; exact_answer needs a column answer")
-        if math.isnan(metrics.get("reward/mean", 0.0)):
-            tqdm.write(f"step {step}: no reward could score any completion, so nothing was learned of them")
         shown = [(label, metrics[name]) for name, label in SHOWN.items() if name in metrics]
         if held_out:
             self.headline, figures = [*held_out.items()][:1], [*held_out.items(), *shown]
             line = "".join(f"  {name} {x:.{3 if abs(x) < 10 else 0}f}" for name, x in figures)
             tqdm.write(f"step {step}{line}  {time.perf_counter() - self.start_time:.0f} s{self.samples}")
             sys.stdout.flush()  # into a log file
-        for name in [name for name in self.advice if metrics.get(name) == 1.0]:
+        flags = metrics | {"unscored": float(math.isnan(metrics.get("reward/mean", 0.0)))}
+        for name in [name for name in self.advice if flags.get(name) == 1.0]:
             tqdm.write(f"step {step}: {self.advice.pop(name)}")
         bar = [*((name[:5], x) for name, x in self.headline), *((label.split()[-1][:6], x) for label, x in shown)]
         bar = [f"{name} {x:.2f}".replace(" 0.", " .") for name, x in bar if name not in ("length", "off")]

@@ -2,8 +2,8 @@
 
 With r_t = pi / pi_old and N tokens in the minibatch, the policy and the value model minimise
 
-    L_policy = -1/N sum_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t)
-    L_value  = 1/(2N) sum_t max((V_t - R_t)^2, (V_old + clip(V_t - V_old, -eps_v, eps_v) - R_t)^2)
+    L_policy = -1/N sum_t min(r_t A_t, clip(r_t, 1 - clip_range, 1 + clip_range) A_t)
+    L_value  = 1/(2N) sum_t max((V_t - R_t)^2, (V_old + clip(V_t - V_old, -/+ value_clip_range) - R_t)^2)
 
 where advantages come from generalised advantage estimation over a completion's tokens,
 

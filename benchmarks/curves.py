@@ -15,7 +15,7 @@ import plot
 import tyro
 
 REPO = Path(__file__).parent.parent
-LONG = "grpo --reward exact_answer examples/rewards.py:length --reward-weights 1 -100 --max-new-tokens 24"
+LONG = "grpo --reward exact_answer examples/rewards.py:length --reward-weights 1 -1000 --beta 0 --max-new-tokens 24"
 FAILURES = {  # picture: a script and the flags by which it goes wrong
     "sft": "sft --learning-rate 1e-2",
     "rejection_sampling": "rejection_sampling --strategy random",

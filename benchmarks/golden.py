@@ -212,6 +212,48 @@ def sft():
     return {"inputs": {"rows": rows}, "outputs": {**kept, "loss": loss.item(), "grad_norm": norm.item()}}
 
 
+def replay():
+    """Three steps of whole trainers from the same text; GRPO and RLOO are given the completions of each prompt."""
+    slips = [(0, -10, 1, 0), (0, 0, 0, 0), (-10, 1, 2, 0), (1, 1, 10, 2)]  # what they add to the sum
+    sums = [(a, (7 * a + 5) % 90) for a in range(30, 42)]
+    rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in sums]
+    rows = [row | {"completion": f" {row['answer']}", "chosen": f" {row['answer']}", "rejected": " 7"} for row in rows]
+    completions = [[f" {a + b + slip}" for slip in slips[i % 4]] for i, (a, b) in enumerate(sums)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    common = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_steps": 3, "logging_steps": 1}
+    common |= {"save_strategy": "no", "gradient_checkpointing": False, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    grouped = common | {"per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 8}
+    grouped |= {"shuffle_dataset": False, "beta": 0.0, "temperature": 1.0}
+
+    def exact(completions, answer, **columns):
+        return [float(completion.strip() == truth) for completion, truth in zip(completions, answer)]
+
+    kinds = {
+        "grpo": (trl.GRPOTrainer, trl.GRPOConfig, grouped | {"loss_type": "grpo"}, ("prompt", "answer")),
+        "reinforce": (trl.RLOOTrainer, trl.RLOOConfig, grouped, ("prompt", "answer")),
+        "sft": (trl.SFTTrainer, trl.SFTConfig, common, ("prompt", "completion")),
+        "dpo": (trl.DPOTrainer, trl.DPOConfig, common | {"beta": 0.1}, ("prompt", "chosen", "rejected")),
+    }
+    outputs = {}
+    for name, (trainer_class, config_class, config, columns) in kinds.items():
+        args = config_class(**settings(**{"per_device_train_batch_size": 4} | config))
+        data = datasets.Dataset.from_list([{column: row[column] for column in columns} for row in rows])
+        more = {"reward_funcs": exact} if "answer" in columns else {}
+        trainer = trainer_class(MODEL, args=args, train_dataset=data, processing_class=tokenizer, **more)
+        if more:
+            texts = iter([text for own in completions for text in own])
+            ids = lambda prompts: [[*tokenizer(next(texts)).input_ids, tokenizer.eos_token_id] for _ in prompts]  # noqa: B023, E731
+            given = (lambda prompts, *x: (ids(prompts), None)) if name == "grpo" else (lambda prompts, *x: ids(prompts))  # noqa: B023
+            trainer._generate_single_turn = given
+        else:
+            trainer._get_train_sampler = lambda data: torch.utils.data.SequentialSampler(data)
+        trainer.train()
+        logged = [row for row in trainer.state.log_history if "grad_norm" in row]
+        names = ("grad_norm", "loss", "reward", "frac_reward_zero_std", "rewards/margins", "logps/chosen")
+        outputs[name] = {key: [row[key] for row in logged] for key in names if key in logged[0]}
+    return {"inputs": {"rows": rows, "completions": completions}, "outputs": outputs}
+
+
 def lines_of(source, first, last):
     """The source from the line that holds first up to the line that holds last, as a block of its own."""
     lines = source.splitlines()
@@ -268,7 +310,7 @@ def ppo():
 
 if __name__ == "__main__":
     old = trl.__version__.startswith("1.12.")
-    sections = [ppo] if old else [grpo_losses, grpo_advantages, rloo, dpo, sft]
+    sections = [ppo] if old else [grpo_losses, grpo_advantages, rloo, dpo, sft, replay]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for section in sections:
         results[section.__name__] = {"trl": trl.__version__, **section()}

@@ -1,7 +1,7 @@
 # grpo.py, whose text and flags follow, sampling by vLLM in the same process; install and figures: examples/README.md
 """GRPO: PPO's clipped update with advantages relative to a group, without a value model; and its well-known variants.
 
-A_i = (R_i - mean R) / std R over the G completions of a prompt, r_t = pi / pi_old for each token, n_i tokens in
+A_i = (R_i - mean R) / (std R + 1e-4) over a prompt's G completions, r_t = pi / pi_old of each token, n_i tokens in
 completion i, B completions and N tokens in the minibatch, k_t the estimated KL to the starting model, sg stop-gradient:
 
     l_t = -min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i) + beta k_t

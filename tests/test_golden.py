@@ -15,6 +15,7 @@ import sft
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 
@@ -35,7 +36,7 @@ def close(got, wanted):
 def test_versions():
     """PPO left TRL after 1.12."""
     assert {name: section["trl"] for name, section in GOLDEN.items()} == {
-        **dict.fromkeys(["grpo_losses", "grpo_advantages", "rloo", "dpo", "sft"], "1.16.0"),
+        **dict.fromkeys(["grpo_losses", "grpo_advantages", "rloo", "dpo", "sft", "replay"], "1.16.0"),
         "ppo": "1.12.0",
     }
 
@@ -208,3 +209,38 @@ def test_where_ppos_score_sits(variant):
                 by_hand[row, t] = (s - gamma * v - gamma * lam * (s - v)) * (gamma * lam) ** (last - t)
     close(difference, by_hand.tolist())
     assert (difference.abs().max() < 1e-5) == (gamma == lam == 1.0)
+
+
+@pytest.mark.parametrize("module", [grpo, reinforce, sft, dpo], ids=lambda module: module.__name__)
+def test_three_steps_from_text_on_are_trls(module, tmp_path, monkeypatch):
+    """Tokens, rewards, ties, losses and gradients of whole runs, and AdamW between them; completions are given."""
+    x, expected = GOLDEN["replay"]["inputs"], GOLDEN["replay"]["outputs"][module.__name__]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in x["rows"]))
+    tokenizer = AutoTokenizer.from_pretrained("models/arithmetic")
+    given = iter([x["completions"][start : start + 4] for start in (0, 4, 8)])
+
+    def replay(model, *prompts, **settings):
+        ids = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for own in next(given) for text in own]
+        ids, mask = common.pad(ids, "right", "cpu")
+        return ids, mask.float(), torch.zeros(ids.shape), torch.zeros(len(ids), dtype=torch.bool)
+
+    monkeypatch.setattr(module, "rollout", replay)
+    monkeypatch.setattr(module, "evaluate", lambda *x: {"eval/none": 0.0})
+    monkeypatch.setattr(common, "take_batch", lambda rows, step, args: rows[4 * step - 4 : 4 * step])
+    settings = {
+        "data": f"{tmp_path}/d.jsonl",
+        "eval_data": f"{tmp_path}/d.jsonl",
+        "num_steps": 3,
+        "prompts_per_step": 4,
+    }
+    settings |= {"learning_rate": 1e-3, "lr_schedule": "constant", "output_dir": str(tmp_path / "run")}
+    if module in (grpo, reinforce):
+        settings |= {"samples_per_prompt": 4, "beta": 0.0}
+    module.main(module.Args(**settings))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    names = {"reward": "reward/mean", "frac_reward_zero_std": "group/zero_std", "rewards/margins": "reward/margin"}
+    names |= {"grad_norm": "grad_norm", "logps/chosen": "logps/chosen"} | {"loss": f"loss/{module.__name__}"}
+    for key, values in expected.items():
+        if names[key] in rows[0]:  # a policy gradient's loss has another constant
+            assert [row[names[key]] for row in rows] == pytest.approx(values, rel=2e-4, abs=2e-5), key
+    assert len(expected["grad_norm"]) == 3 and min(expected["grad_norm"]) > 0.01

@@ -165,7 +165,7 @@ def test_a_step_that_nothing_could_score_leaves_the_weights_finite(script, tmp_p
     run(script, tmp_path / "run", num_steps=2, **flags)
     assert all(tensor.isfinite().all() for tensor in weights_of(tmp_path / "run" / "model").values())
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert "step 2: no reward could score any completion" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(": no reward could score any completion") == 1
 
 
 @pytest.mark.parametrize("script", ["grpo", "grape"])
