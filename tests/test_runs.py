@@ -254,6 +254,8 @@ def test_the_terminal_shows_what_a_model_says_and_takes_no_command_of_it(tmp_pat
     run.log(3, {"eval/right": 0.1, "eval/truncated": 1.0})
     advice = [f"step {i}: {common.ADVICE[name]}" for i, name in ((1, "completion/truncated"), (3, "eval/truncated"))]
     assert re.findall("step .: .*", capsys.readouterr().out) == advice
+    run.log(4, {"eval/right": 0.1, "eval/margin": 0.2, "eval/truncated": 0.25, "reward/margin": 0.3, "kl/ref": 20.0})
+    assert "step 4  right 0.100  margin 0.200  truncated 0.250  train margin 0.300  kl 20  " in capsys.readouterr().out
     assert common.shorten(200 * "a" + 200 * "b") == "'" + 69 * "a" + " ... " + 69 * "b" + "'"
     rows = read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert [row["completion"] for row in rows] == 3 * said and [row["right"] for row in rows] == 3 * [1, 0, 0, 0]
