@@ -679,7 +679,7 @@ class Run:
             if index < printed:
                 question = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
                 rewards = " ".join(f"{name} {value:.3g}" for name, value in scores.items() if not math.isnan(value))
-                self.samples += f"\n    {shorten(question)} -> {shorten(completion)} | {rewards}"
+                self.samples += f"\n    {shorten(question)} -> {shorten(completion)} | {rewards}".rstrip("| ")
 
     def write(self, name: str, record: dict) -> None:
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
