@@ -669,15 +669,15 @@ class Run:
         self.bar.set_postfix_str(" ".join([*bar, f"{metrics.get('tokens_per_second', 0):.0f} tok/s"]), refresh=False)
 
     def log_samples(self, step: int, phase: str, tokenizer, rows: list[dict], texts: list[str], components: dict):
-        """Append each row's completion to samples.jsonl; log() then prints three of the first and of the last
-        evaluation, one of another."""
+        """Append the completions to samples.jsonl; log() prints one of an evaluation, three of the first and last."""
         self.samples, printed = "", 0 if phase == "train" else 3 if step in (0, self.args.num_steps) else 1
         for index, (row, completion) in enumerate(zip(rows, texts)):
             prompt = tokenizer.decode(prompt_tokens(tokenizer, row))  # what the model read, special tokens included
             scores = {name: values[index].item() for name, values in components.items()}
             self.write("samples", {"step": step, "phase": phase, "prompt": prompt, "completion": completion, **scores})
             if index < printed:
-                question = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+                turns = row["prompt"]
+                question = turns if isinstance(turns, str) else text_of([x for x in turns if x["role"] == "user"][-1:])
                 rewards = " ".join(f"{name} {value:.3g}" for name, value in scores.items() if not math.isnan(value))
                 self.samples += f"\n    {shorten(question)} -> {shorten(completion)} | {rewards}".rstrip("| ")
 

@@ -293,7 +293,7 @@ def main(args: Args) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * common.decay(args, step)
         value_optimizer.param_groups[0]["lr"] = args.value_learning_rate * common.decay(args, step)
         stats = defaultdict(float)
-        for epoch in range(1, args.num_epochs + 1):  # how many there were  # noqa: B007
+        for epoch in range(1, args.num_epochs + 1):  # in the end the number of passes  # noqa: B007
             for minibatch in minibatches:
                 tokens = common.total(completion_mask.view(len(rows), G, -1)[minibatch].sum()).clamp(min=1)
                 kl = 0.0  # r - 1 - log r estimates KL(pi_old || pi)

@@ -131,9 +131,12 @@ def test_held_out_demonstrations_in_free_text_are_measured_by_their_loss(tmp_pat
     assert f"sft: held-out loss {nll[0]:.3f} -> {nll[1]:.3f} (" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "simpo"])
-def test_runs_with_each_loss(loss_type, tmp_path):
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sppo", "simpo"])
+def test_runs_with_each_loss(loss_type, tmp_path, monkeypatch):
+    betas, dpo_loss = set(), dpo.dpo_loss
+    monkeypatch.setattr(dpo, "dpo_loss", lambda *x, beta, **k: betas.add(beta) or dpo_loss(*x, beta=beta, **k))
     rows = run(tmp_path, loss_type=loss_type)
+    assert betas == {{"sppo": 0.001, "simpo": 2.0}.get(loss_type, 0.1)}  # the papers'
     assert all(math.isfinite(value) for row in rows for value in row.values())
     if loss_type == "sigmoid":
         assert rows[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
