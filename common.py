@@ -480,7 +480,7 @@ def exact_answer(completions: list, **columns: list) -> list[float | None]:
         if number is not None:
             parts = re.split(r"\bis:?\s|[A-Za-z*]:\s|^[^A-Za-z<>=]*=", said.rpartition("\n")[2])
             right = len(parts) < 3 and to_number(parts[-1]) == number
-        prose = names[0] != "answer" and number is None and wanted == str(truth).strip()  # a demonstration, no answer
+        prose = names[0] != "answer" and wanted == str(truth).strip() and len(wanted.split()) > 3  # a demonstration's
         scores.append(float(right) if wanted and truth == truth and not prose else None)  # NaN is unequal to itself
     return scores
 

@@ -103,13 +103,13 @@ def sums_of_logps(path, rows):
 @pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
 def test_held_out_pairs_are_measured_as_transformers_would(loss_type, tmp_path, capsys):
     rows = [json.loads(line) for line in Path(FEW).read_text().splitlines()[:5]]
-    rows = [row | {"answer": None, "chosen": " so it is", "rejected": f" no, {i}"} for i, row in enumerate(rows)]
+    rows = [row | {"answer": None, "chosen": " so it is, I say", "rejected": f" no, {i}"} for i, row in enumerate(rows)]
     data = {"data": FEW, "eval_data": write(tmp_path / "e.jsonl", rows), "eval_prompts": 5}
     metrics = run(tmp_path, **data, loss_type=loss_type, learning_rate=3e-3)[-1]
     logps, ref = (sums_of_logps(path, rows) for path in (str(tmp_path / "run" / "model"), "models/arithmetic"))
     if loss_type == "simpo":
         logps, ref = (
-            logps / torch.tensor([[10.0, 7.0]]),
+            logps / torch.tensor([[17.0, 7.0]]),
             torch.zeros(5, 2),
         )  # per character, the tokens here, and the end
     margins = {"sigmoid": 0.1, "simpo": 2.0}[loss_type] * (logps - ref).diff(dim=1).neg()
@@ -118,15 +118,17 @@ def test_held_out_pairs_are_measured_as_transformers_would(loss_type, tmp_path, 
     nls = -torch.nn.functional.logsigmoid(margins - float(loss_type == "simpo"))
     assert metrics["eval/loss"] == pytest.approx(nls.mean().item(), abs=1e-3)
     assert metrics["eval/exact_answer"] is None  # it has nothing to compare
-    assert f"dpo: held-out pairs {0.5 if loss_type == 'sigmoid' else 0.8:.3f} -> " in capsys.readouterr().out
+    assert f"dpo: held-out pairs {0.5 if loss_type == 'sigmoid' else 0.2:.3f} -> " in capsys.readouterr().out
 
 
 def test_held_out_demonstrations_in_free_text_are_measured_by_their_loss(tmp_path, capsys):
-    rows = [{"prompt": f"What is {i}?", "completion": text} for i, text in enumerate((" so it is", " no", " maybe"))]
+    texts = (" so it is, I say", " no, it is not so", " it may be so then")
+    rows = [{"prompt": f"What is {i}?", "completion": text} for i, text in enumerate(texts)]
     data = {"data": FEW, "eval_data": write(tmp_path / "e.jsonl", rows), "prompts_per_step": 2, "num_steps": 1}
     last = sft.main(sft.Args(**data, learning_rate=3e-3, output_dir=str(tmp_path / "run")))
     pairs = [row | {"chosen": row["completion"], "rejected": row["completion"]} for row in rows]
-    nll = [-sums_of_logps(path, pairs)[:, 0].sum() / 21 for path in ("models/arithmetic", str(tmp_path / "run/model"))]
+    sums = [-sums_of_logps(path, pairs)[:, 0].sum() for path in ("models/arithmetic", str(tmp_path / "run/model"))]
+    nll = [total / sum(len(text) + 1 for text in texts) for total in sums]  # characters are tokens; and the ends
     assert last["eval/loss"] == pytest.approx(nll[1].item(), abs=1e-4)
     assert f"sft: held-out loss {nll[0]:.3f} -> {nll[1]:.3f} (" in capsys.readouterr().out
 

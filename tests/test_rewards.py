@@ -88,7 +88,7 @@ def test_what_exact_answer_takes_for_the_truth():
     for truth in ("7", "8", "9"):
         assert [common.exact_answer([said], **columns)[0] for said in ("7", "8", "9")] == [x == truth for x in "789"]
         del columns[next(iter(columns))]
-    for said, score in (("so it is", None), ("#### so", 1.0), ("so #### 18", 0.0), (" 18", 0.0)):
+    for said, score in (("so it is, I say", None), ("so it is", 0.0), ("#### so", 1.0), (" 18", 0.0)):
         assert common.exact_answer(["so"], completion=[said]) == [score]  # a demonstration in free text is no answer
     for nothing in ([18, 18.0], True, {"a": 1}):
         with pytest.raises(ValueError, match="must be a text or a number"):
