@@ -1,7 +1,6 @@
 """What every script needs and no algorithm owns: processes, models, data, rewards and the bookkeeping of a run."""
 
 import asyncio
-import contextlib
 import copy
 import difflib
 import hashlib
@@ -20,9 +19,8 @@ import warnings
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
-from types import SimpleNamespace
 
 # Threads spin while they wait for each other, which starves them once a core has other work: docs/speed.md
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -31,7 +29,6 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -40,13 +37,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # transformers before 5.24 do not know `cache`
 transformers.utils.logging.get_logger("transformers.utils.generic").setLevel("ERROR")  # which says so, too
+torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients may be NaN (pytorch/pytorch#196678, huggingface/trl#7181)
+for kind in (DynamicLayer, DynamicSlidingWindowLayer):  # keys in the dtype of values: autocast leaves them in float32
+    narrow = partialmethod(lambda self, update, k, v, *x, **y: update(self, k.to(v.dtype), v, *x, **y), kind.update)
+    kind.update = narrow
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 if WORLD_SIZE > 1 and torch.cuda.is_available():  # before a reward file puts a model on the first GPU
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 if RANK > 0:  # the first process speaks for all
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients may be NaN (pytorch/pytorch#196678, huggingface/trl#7181)
-WHOLE = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": True, "strict": False}
 SHOWN = {  # figures of a step that the terminal shows, and their labels
     "reward/mean": "reward", "reward/margin": "train margin", "loss/sft": "train loss", "loss/dpo": "train loss",
     "kl/ref": "kl", "completion/length": "length", "completion/truncated": "cut off",
@@ -55,19 +54,8 @@ ADVICE = {  # said once, when one of these metrics is 1
     "unscored": "no reward could score any completion, so nothing is learned of them; look into samples.jsonl",
     "completion/truncated": "every completion was cut off; raise --max-new-tokens, or the model never ends",
     "eval/truncated": "every held-out completion was cut off; raise --max-new-tokens, or the model never ends",
-    "group/zero_std": "the completions of each prompt scored alike, so there is nothing to learn; give easier or "
-    "harder prompts, more --samples-per-prompt or another --temperature",
+    "group/zero_std": "each prompt's completions scored alike: easier or harder prompts, or more --samples-per-prompt",
 }
-
-
-def narrow_keys(layer) -> None:
-    """Keys in the dtype of values: under autocast rotary embeddings leave them, and so the cache, in float32."""
-    update = layer.update
-    layer.update = lambda self, keys, values, *x, **y: update(self, keys.to(values.dtype), values, *x, **y)
-
-
-narrow_keys(DynamicLayer)
-narrow_keys(DynamicSlidingWindowLayer)
 
 
 def usage(doc: str) -> str:
@@ -110,7 +98,7 @@ def decay(args, step: int) -> float:
 
 
 def total(value: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
-    """The sum of a tensor over all processes, as gradients are summed; or its maximum, or what the op is."""
+    """The sum of a tensor over all processes, or what the op is."""
     value = value.clone()
     if WORLD_SIZE > 1:
         dist.all_reduce(value, op)
@@ -125,38 +113,14 @@ def gather(items: list) -> list:
     return [item for items in lists for item in items]
 
 
-def shard(module, device):
-    """The module on the device, its parameters, gradients and optimizer state split among the processes by FSDP2.
-    Embeddings and head stay whole to the end of the backward pass, so that logits can be made chunk by chunk."""
-    if WORLD_SIZE > 1:
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        mesh = dist.init_device_mesh(torch.device(device).type, (WORLD_SIZE,))
-        for part in [*reversed(layers), module]:  # inner ones first
-            fully_shard(part, mesh=mesh, reshard_after_forward=part is not module)
-            part.set_gradient_divide_factor(1.0)  # gradients are summed over the processes, not averaged
-            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other (pytorch/pytorch#190747)
-        if hasattr(module, "trunk"):
-            register_fsdp_forward_method(module, "trunk")
-    return module.to(device)
+def sum_gradients(model) -> None:
+    """Each process has the whole model and a part of the batch; its losses are divided by what all processes have."""
+    for parameter in model.parameters() if WORLD_SIZE > 1 else ():
+        if parameter.requires_grad:
+            parameter.grad = total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
-@contextlib.contextmanager
-def gathered(model):
-    """All parameters of a sharded model on each process, for passes that differ from process to process."""
-    parts = [module for module in model.modules() if hasattr(module, "unshard")] if model else []
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(part is not parts[0], recurse=False)
-        part.reshard()
-
-
-def load_model(path: str, device, args=None, *, whole: bool = False):
+def load_model(path: str, device, args=None):
     """A causal LM in float32 and its tokenizer, from a folder or a hub id; with the flags one that can be trained. It
     stays in eval mode: with dropout a completion's log-probs would not come out the same twice (arXiv 2403.17031)."""
     tokenizer, folders = transformers.AutoTokenizer.from_pretrained(path), [path]  # a model, then adapters
@@ -172,8 +136,8 @@ def load_model(path: str, device, args=None, *, whole: bool = False):
         model = peft.PeftModel.from_pretrained(model, adapters).merge_and_unload().requires_grad_()
     config = model.config.get_text_config()
     config.output_router_logits = False  # they are for a loss of their own
-    model.context_length = getattr(config, "max_position_embeddings", None) or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
+    model.context_length = getattr(config, "max_position_embeddings", None) or math.inf
     if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond it a batch's longest row changes all its rows
         model.context_length = rope.get("original_max_position_embeddings", model.context_length)
     # cut off logits that no token has: training raises them until one is sampled (vllm-project/vllm#13175)
@@ -195,39 +159,35 @@ def load_model(path: str, device, args=None, *, whole: bool = False):
 
     # a token that is read with the KV cache must get the logits that it gets without
     ids, rows = torch.tensor([[0, 1, 0], [1, 0, 0]]), torch.tensor([1, 0, 1])
-    try:
-        with torch.no_grad():
-            own = logits_of(model, model.base_model(input_ids=ids).last_hidden_state[rows, -1:])
-            cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
-            cache.reorder_cache(rows)
-            inputs = {"input_ids": ids[rows, 2:], "attention_mask": torch.ones_like(ids[rows])}
-            read = model(**inputs, past_key_values=cache).logits
-        torch.testing.assert_close(read, own, rtol=1e-3, atol=1e-3 * float(own.abs().max()))
-    except (AttributeError, RuntimeError, AssertionError) as error:
-        raise SystemExit(f"{path}: its KV cache, or common.logits_of, makes other logits; not supported") from error
+    with torch.no_grad():
+        own = logits_of(model, model.base_model(input_ids=ids).last_hidden_state[rows, -1:])
+        cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
+        cache.reorder_cache(rows)
+        read = model(input_ids=ids[rows, 2:], attention_mask=torch.ones_like(ids[rows]), past_key_values=cache).logits
+    if not torch.allclose(read, own, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+        raise SystemExit(f"{path}: its KV cache, or common.logits_of, makes other logits; not supported")
     # gradients may flow through a prompt's cache, but not through recurrent states
     model.shares_prompts = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
+    model.trunk = partial(torch.nn.Module.__call__, model.base_model)  # the pass without the head
     if args and args.lora_rank:
         import peft
 
         # an alpha that does not grow with the rank lets one learning rate fit all ranks (thinkingmachines.ai/blog/lora)
         lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        lora.base_model_name_or_path = args.model
-        peft.inject_adapter_in_model(lora, model)  # which freezes all else (arXiv 2106.09685)
+        model.adapters = (peft.get_peft_model(model, lora),)  # freezes all else (arXiv 2106.09685); no submodule
         if args.dtype == "bfloat16":  # autocast would cast what is frozen anew in each pass
-            for layer in [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]:
-                layer.to(torch.bfloat16)
+            for module in [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]:
+                module.to(torch.bfloat16)
             head = model.get_output_embeddings()  # a copy, as the embedding that may share its weight stays float32
             head.weight = torch.nn.Parameter(head.weight.to(torch.bfloat16), requires_grad=False)
     if args and args.gradient_checkpointing:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         model.shares_prompts = False  # the cache would be written twice
-        for layer in [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    model.trunk = partial(torch.nn.Module.__call__, model.base_model)  # the pass without the head
-    return model.to(device) if whole else shard(model, device), tokenizer
+        for block in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    return model.to(device), tokenizer
 
 
 def load_reference(args, model):
@@ -236,10 +196,8 @@ def load_reference(args, model):
         return load_model(args.model, model.device)[0]
     from peft.helpers import rescale_adapter_scale
 
-    shared = ("config", "device", "context_length", "shares_prompts", "get_output_embeddings", "modules")
-    reference = SimpleNamespace(**{name: getattr(model, name) for name in shared})
-    # disable_adapter() would also end their training, for good under FSDP
-    reference.trunk = rescale_adapter_scale(model, 0.0)(model.trunk)
+    reference = copy.copy(model)  # of the same weights
+    reference.trunk = rescale_adapter_scale(model, 0.0)(model.trunk)  # disable_adapter() would also end their training
     return reference
 
 
@@ -319,6 +277,10 @@ def eval_batches(rows: list, args) -> list[list]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
+def text_of(message: str | list[dict]) -> str:
+    return message if isinstance(message, str) else "\n".join(turn["content"] for turn in message)
+
+
 def render(tokenizer, row: dict, answer: str | list[dict] | None = None) -> str:
     """A row's prompt, and an answer if there is one, as the model reads them: a text as it stands, as in TRL; messages
     by the chat template, which must write what each turn says. An assistant's turn that ends a prompt goes on."""
@@ -393,9 +355,8 @@ def pad(sequences: list[list[int]], side: str, device) -> tuple[torch.Tensor, to
     """Token ids and mask [N, longest] of N lists of ids, padded on the side "left" or "right". The mask is of lengths:
     comparing ids with the pad token would delete the stop token where the two are one (huggingface/trl#3091)."""
     padded = partial(pad_sequence, batch_first=True, padding_side=side)
-    ids = padded([torch.tensor(sequence, dtype=torch.long) for sequence in sequences])
-    mask = padded([torch.ones(len(sequence), dtype=torch.long) for sequence in sequences])
-    return ids.to(device), mask.to(device)
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return padded(rows).to(device), padded([torch.ones_like(row) for row in rows]).to(device)
 
 
 def prompt_batch(tokenizer, rows: list[dict], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -424,11 +385,9 @@ def micro_batches(batch: tuple[torch.Tensor, ...], prompts: torch.Tensor, size: 
 
 def without_ties(prompts: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     """Those of the prompts [n] whose advantages, of [N, G], are not all 0; the others have no policy gradient. One at
-    least, and as many on each process, as FSDP needs all processes to run the same passes."""
-    prompts = prompts.to(advantages.device)
-    tied = (advantages[prompts] == 0).all(1)
-    count = int(total((~tied).sum().clamp(min=1), dist.ReduceOp.MAX))
-    return prompts[tied.int().argsort(stable=True)[:count].sort().values]
+    least, so that each process has the same metrics."""
+    tied = (advantages.cpu()[prompts] == 0).all(1)
+    return prompts[:1] if tied.all() else prompts[~tied]
 
 
 def decode(tokenizer, ids, mask, logprobs=None, step: int = 0) -> tuple[list[str], list[list[int]]]:
@@ -437,16 +396,6 @@ def decode(tokenizer, ids, mask, logprobs=None, step: int = 0) -> tuple[list[str
         raise FloatingPointError(f"step {step}: logits that are not finite, in the rollout or the evaluation")
     kept = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in kept], kept
-
-
-def shorten(text: str) -> str:
-    """The text in one line, without commands to the terminal, and the middle of a long one left out."""
-    text = repr(text)
-    return text if len(text) <= 150 else f"{text[:70]} ... {text[-70:]}"
-
-
-def text_of(message: str | list[dict]) -> str:
-    return message if isinstance(message, str) else "\n".join(turn["content"] for turn in message)
 
 
 def final_answer(text: str) -> str:
@@ -485,23 +434,15 @@ def exact_answer(completions: list, **columns: list) -> list[float | None]:
     return scores
 
 
-def without_exit(function, *args, **kwargs):
-    """What a user's function returns; exit() in it is an error, or it would end the run as if all were well."""
-    try:
-        return function(*args, **kwargs)
-    except SystemExit as error:
-        raise RuntimeError(f"a reward called exit({error.code!r})") from error
-
-
 def load_function(name: str, folder: str | Path = ""):
     """A reward of this file, `package.module:function`, or `file.py:function`, the path relative to the folder."""
     module, _, function = name.rpartition(":")
     if module.endswith(".py"):
         file = Path(folder, module).resolve()
         sys.path.insert(0, str(file.parent))  # its neighbours are found, as by a script
-        found = without_exit(runpy.run_path, str(file))
+        found = runpy.run_path(str(file))
     else:
-        found = vars(without_exit(pkgutil.resolve_name, module or __name__))
+        found = vars(pkgutil.resolve_name(module or __name__))
     if function not in found:
         nearest = difflib.get_close_matches(function, found, 1, 0.0)[0]
         raise SystemExit(f"{name}: not found; the nearest is {nearest}; give exact_answer or file.py:function")
@@ -511,13 +452,15 @@ def load_function(name: str, folder: str | Path = ""):
 def call_reward(name: str, function, rows: list[dict], texts: list[str], ids=None) -> list:
     """What a reward returns, a value for each completion. As by TRL it is called by name with prompts, completions,
     completion_ids and each column of the data; what it changes of them reaches nobody else."""
-    columns = {column for row in rows for column in row}
-    arguments = {column: [copy.deepcopy(row.get(column)) for row in rows] for column in columns}
+    arguments = {column: [copy.deepcopy(row[column]) for row in rows] for column in rows[0]}
     arguments |= {"prompts": arguments.pop("prompt"), "completion_ids": copy.deepcopy(ids) or [None] * len(rows)}
     replies = [[{"role": "assistant", "content": text}] for text in texts]  # to messages, a text to a text
     arguments["completions"] = [x if isinstance(row["prompt"], str) else y for row, x, y in zip(rows, texts, replies)]
-    values = without_exit(function, **arguments)
-    values = list(without_exit(asyncio.run, values) if hasattr(values, "__await__") else values)
+    try:
+        values = function(**arguments)
+        values = list(asyncio.run(values) if hasattr(values, "__await__") else values)
+    except SystemExit as error:  # of an exit(), which would end the run as if all were well
+        raise RuntimeError(f"reward {name} called exit({error.code!r})") from error
     if len(values) != len(rows):
         raise SystemExit(f"reward {name}: returned {len(values)} values for {len(rows)} completions")
     return values
@@ -549,15 +492,14 @@ class Run:
     With several processes the first one writes and prints; each must call every method."""
 
     def __init__(self, args) -> None:
-        self.args, self.name = args, Path(sys.modules[type(args).__module__].__file__).stem
-        self.done, self.stopping, self.start_time = 0, False, time.perf_counter()
-        self.writer, self.headline, self.samples, self.times, self.advice = None, [], "", {}, ADVICE.copy()
         if WORLD_SIZE > 1:
             backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backends, timeout=timedelta(hours=1))  # the others wait where one writes or judges
-        folder = args.output_dir or f"runs/{self.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"  # one for each run
-        self.dir = Path(gather([folder])[0])
+        self.args, self.name = args, Path(sys.modules[type(args).__module__].__file__).stem
+        self.dir = Path(gather([args.output_dir or f"runs/{self.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"])[0])
         self.checkpoint, self.model = self.dir / "checkpoint" / "state.pt", self.dir / "model"
+        self.done, self.stopping, self.start_time = 0, False, time.perf_counter()
+        self.headline, self.samples, self.times, self.advice = [], "", {}, ADVICE.copy()
         transformers.set_seed(args.seed % 2**32)
         self.dir.mkdir(parents=True, exist_ok=True)
         own = {name: self.dir / f"{name}.jsonl" if RANK == 0 else os.devnull for name in ("metrics", "samples")}
@@ -591,25 +533,18 @@ class Run:
         if count < 20:
             print(f"{count} held-out rows: too few to tell much; give others by --eval-data, or more --eval-prompts")
         if args.resume and self.checkpoint.exists():  # without one the run begins again
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=WORLD_SIZE > 1)
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             for name, (model, optimizer) in parts.items():
-                model.state_dict()  # FSDP then shards again what a forward pass left gathered
-                weights, moments = state["parts"][name].values()
-                both = {"model_state_dict": weights, "optim_state_dict": moments, "options": StateDictOptions(**WHOLE)}
-                set_state_dict(model, [optimizer] if moments else [], **both)
+                model.load_state_dict(state["parts"][name]["weights"], strict=False)
+                if optimizer:
+                    optimizer.load_state_dict(state["parts"][name]["moments"])
             self.done, sizes, self.start_time = state["step"], state["sizes"], self.start_time - state["seconds"]
         for name, file in self.files.items() if RANK == 0 else ():
             file.truncate(sizes[name])  # what was written after the checkpoint comes again
         if args.track == "wandb" and RANK == 0:
             import wandb
 
-            wandb.init(dir=self.dir, name=self.dir.name, config=asdict(args), sync_tensorboard=True)
-        if args.track != "none" and RANK == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.dir / "tensorboard"), purge_step=self.done + 1, flush_secs=10)
+            wandb.init(dir=self.dir, name=self.dir.name, config=asdict(args))
         left, bar = range(self.done + 1, args.num_steps + 1), {"initial": self.done, "total": args.num_steps}
         bar["bar_format"] = "{desc} {bar} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
         self.bar = tqdm(left, desc=self.name, dynamic_ncols=True, disable=True if RANK else None, **bar)
@@ -650,8 +585,8 @@ class Run:
         metrics = metrics | dict(zip(tensors, (sums / counts).tolist())) | self.times
         metrics |= {"memory/peak": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {}
         self.write("metrics", {"step": step, "time/total": time.perf_counter() - self.start_time} | metrics)
-        for name, value in metrics.items() if self.writer else ():
-            self.writer.add_scalar(name, value, step)
+        if self.args.track == "wandb" and RANK == 0:
+            sys.modules["wandb"].log(metrics, step=step)
         held_out = {name[5:]: x for name, x in metrics.items() if name.startswith("eval/") and not math.isnan(x)}
         if "eval/truncated" in metrics and held_out.keys() <= {"truncated"}:
             raise SystemExit("--reward: none scored a held-out completion; exact_answer needs a column answer")
@@ -678,8 +613,9 @@ class Run:
             if index < printed:
                 turns = row["prompt"]
                 question = turns if isinstance(turns, str) else text_of([x for x in turns if x["role"] == "user"][-1:])
+                short = [x if len(x) <= 150 else f"{x[:70]} ... {x[-70:]}" for x in (repr(question), repr(completion))]
                 rewards = " ".join(f"{name} {value:.3g}" for name, value in scores.items() if not math.isnan(value))
-                self.samples += f"\n    {shorten(question)} -> {shorten(completion)} | {rewards}".rstrip("| ")
+                self.samples += f"\n    {short[0]} -> {short[1]} | {rewards}".rstrip("| ")
 
     def write(self, name: str, record: dict) -> None:
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -690,10 +626,12 @@ class Run:
         every, stopping = self.args.save_every, any(gather([self.stopping]))
         if not stopping and (every == 0 or (step % every and step < self.args.num_steps)):
             return
-        state = {"step": step, "seconds": time.perf_counter() - self.start_time}
-        state["parts"] = {name: get_state(*part) for name, part in self.parts.items()}
         if RANK == 0:
+            state = {"step": step, "seconds": time.perf_counter() - self.start_time, "parts": {}}
             state["sizes"] = {name: file.tell() for name, file in self.files.items()}
+            for name, (model, optimizer) in self.parts.items():
+                weights = {key: weight.data for key, weight in model.named_parameters() if weight.requires_grad}
+                state["parts"][name] = {"weights": weights, "moments": optimizer and optimizer.state_dict()}
             self.checkpoint.parent.mkdir(exist_ok=True)
             with self.checkpoint.with_suffix(".new").open("wb") as file:
                 torch.save(state, file)
@@ -701,26 +639,22 @@ class Run:
             os.replace(file.name, self.checkpoint)  # only now that it is whole and on the disk
         if stopping:
             gather([])  # nobody leaves before it is written
-            start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+            start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {WORLD_SIZE}"
             command = f"{start} {sys.argv[0]} --resume '{self.dir.as_posix()}'"
             raise SystemExit(1 if RANK else f"stopped after step {step}; go on with: {command}")
 
     def finish(self, model, tokenizer) -> dict[str, float]:
         """Save the model, or its adapters, print the closing line, return the last value of each metric."""
-        part, weights = self.dir / "model.part", get_state(model)["weights"]
+        part, adapted = self.dir / "model.part", bool(self.args.lora_rank)
         if RANK == 0:
             tokenizer.save_pretrained(part)
-            if adapters := self.args.lora_rank and model.peft_config:
-                adapters["default"].save_pretrained(part)
-                named = {f"base_model.model.{name.replace('.default', '')}": weight for name, weight in weights.items()}
-                save_file(named, part / "adapter_model.safetensors", {"format": "pt"})
-                if Path(self.args.model, "adapter_config.json").exists():  # peft would load only one of the two
-                    model, weights, adapters = load_model(str(part), "cpu", whole=True)[0], None, None
-                    for file in part.glob("adapter_*"):
-                        file.unlink()
-            if not adapters:
+            if adapted and Path(self.args.model, "adapter_config.json").exists():  # peft would load only one of the two
+                adapted, model = False, model.float().adapters[0].merge_and_unload()
+            if adapted:
+                model.adapters[0].save_pretrained(part, save_embedding_layers=False)
+            else:
                 own, model.generation_config = model.generation_config, transformers.GenerationConfig()
-                model.save_pretrained(part, state_dict=weights)
+                model.save_pretrained(part)
                 own.to_json_file(part / "generation_config.json")  # not checked, as some in use would be refused
             for file in Path(model.name_or_path).glob("*processor_config.json"):  # of a model that sees or hears
                 shutil.copy(file, part)
@@ -736,18 +670,7 @@ class Run:
         (first, _), (last, _) = evaluations[0], evaluations[-1]
         best, step = min(evaluations) if headline == "eval/loss" else max(evaluations)
         peak = f" ({best:.3f} at step {step})" if best != last else ""
-        result = f"{first:.3f} -> {last:.3f}{peak} in {rows[-1]['time/total']:.0f} s"
-        adapted = (self.model / "adapter_config.json").exists()
         load = " (adapters: --model or peft.AutoPeftModelForCausalLM loads them)" if adapted else ""
+        result = f"{first:.3f} -> {last:.3f}{peak} in {rows[-1]['time/total']:.0f} s"
         print(f"{self.name}: held-out {headline[5:]} {result}, model in {self.model}{load}")
         return {name: value for row in rows for name, value in row.items()}
-
-
-def get_state(model, optimizer=None) -> dict:
-    """What is trained of a model, and its optimizer's state, whole and on the CPU of the first process."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    used = [optimizer] if optimizer and optimizer.state else []  # the state is empty before the first update
-    weights, moments = get_state_dict(model, used, options=StateDictOptions(**WHOLE))
-    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    return {"weights": {name: tensor for name, tensor in weights.items() if name not in tied}, "moments": moments}

@@ -62,7 +62,7 @@ class Args:
     save_every: int = 50  # steps between checkpoints; 0 saves at Ctrl-C only
     output_dir: str = ""  # folder of the run; runs/<script>-<time> without it
     resume: str = ""  # folder of a run to continue
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
+    track: Literal["none", "wandb"] = "none"  # where metrics go besides metrics.jsonl
 
     # the algorithm's own
     max_length: int = 512  # tokens of prompt and completion; a longer completion is cut off
@@ -125,7 +125,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
     """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
     head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; at least one, so that every process runs this pass (FSDP)
+    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -249,7 +249,7 @@ def dpo_loss(
 def evaluate(run, step, model, tokenizer, rows, pairs, ref_logps, score, args):
     """{eval/<name>: values [n]}: held-out pairs in order, their loss and margin; each reward of greedy completions."""
     answers = []
-    with common.autocast(args), common.gathered(model):
+    with common.autocast(args):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             *completions, truncated = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
@@ -282,8 +282,7 @@ def main(args: Args) -> dict[str, float]:
     examples = list(enumerate(tokenize(model, tokenizer, train_rows, args)))
     all_ref_logps = reference_logprobs(model, examples, args)  # [pairs, 2]
     held_out = tokenize(model, tokenizer, [row for row in eval_rows if row.get("chosen") and row.get("rejected")], args)
-    with common.gathered(model):
-        eval_ref_logps = pair_logprobs(model, held_out, args) * (args.loss_type != "simpo")  # [n, 2]
+    eval_ref_logps = pair_logprobs(model, held_out, args) * (args.loss_type != "simpo")  # [n, 2]
 
     run.start(examples, eval_rows, model=(model, optimizer))
     if run.done == 0:
@@ -315,6 +314,7 @@ def main(args: Args) -> dict[str, float]:
             loss.backward()
             logps[part] = new_logps.detach()
             stats["loss/dpo"] += loss.detach()
+        common.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
         stats["grad_norm"] += float(norm)
         optimizer.step()

@@ -67,7 +67,7 @@ class Args:
     save_every: int = 50  # steps between checkpoints; 0 saves at Ctrl-C only
     output_dir: str = ""  # folder of the run; runs/<script>-<time> without it
     resume: str = ""  # folder of a run to continue
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
+    track: Literal["none", "wandb"] = "none"  # where metrics go besides metrics.jsonl
 
     # the algorithm's own
     num_epochs: int = 1  # passes over the completions of a step
@@ -143,7 +143,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
     """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
     head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; at least one, so that every process runs this pass (FSDP)
+    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -244,7 +244,7 @@ def loss_normalizer(completion_mask, loss_type, max_new_tokens):
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
     answers = []
-    with common.autocast(args), common.gathered(model):
+    with common.autocast(args):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             *completions, truncated = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
@@ -278,7 +278,7 @@ def main(args: Args) -> dict[str, float]:
         # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
         rows = common.take_batch(train_rows, step, sampling_args)
         prompts = common.prompt_batch(tokenizer, rows, model.device)  # prompt_ids and prompt_mask [N, P]
-        with common.autocast(args), common.gathered(model):
+        with common.autocast(args):
             completion_ids, completion_mask, sampled_logprobs, truncated = rollout(  # [B, T], truncated [B]
                 model, *prompts, max_new_tokens=args.max_new_tokens, samples_per_prompt=G, temperature=args.temperature
             )
@@ -333,6 +333,7 @@ def main(args: Args) -> dict[str, float]:
                 stats["kl/old"] += ((ratio - 1 - ratio.log()) * mask).sum() / tokens  # k3 of KL(pi_old || pi)
                 if args.beta:  # not the sampler's log-probs, which round differently in bfloat16
                     stats["kl/ref"] += ((old - ref) * mask).sum() / tokens
+            common.sum_gradients(model)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             stats["grad_norm"] += float(norm)
             optimizer.step()

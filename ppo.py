@@ -59,7 +59,7 @@ class Args:
     save_every: int = 50  # steps between checkpoints; 0 saves at Ctrl-C only
     output_dir: str = ""  # folder of the run; runs/<script>-<time> without it
     resume: str = ""  # folder of a run to continue
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
+    track: Literal["none", "wandb"] = "none"  # where metrics go besides metrics.jsonl
 
     # the algorithm's own
     num_epochs: int = 2  # passes over the completions of a step
@@ -120,7 +120,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
     """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
     head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; at least one, so that every process runs this pass (FSDP)
+    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -223,7 +223,7 @@ def value_loss(values, old_values, returns, completion_mask, *, value_clip_range
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
     answers = []
-    with common.autocast(args), common.gathered(model):
+    with common.autocast(args):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             *completions, truncated = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
@@ -243,8 +243,7 @@ def main(args: Args) -> dict[str, float]:
     model, tokenizer = common.load_model(args.model, args.device, args)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     ref_model = common.load_reference(args, model) if args.beta else None
-    value_model = ValueModel(common.load_model(args.model, "cpu", args, whole=True)[0])
-    value_model = common.shard(value_model, model.device)  # only now, with its head
+    value_model = ValueModel(common.load_model(args.model, model.device, args)[0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     value_optimizer = torch.optim.AdamW(value_model.parameters(), weight_decay=0.0, fused=True)  # each step sets lr
     G = args.samples_per_prompt
@@ -256,7 +255,7 @@ def main(args: Args) -> dict[str, float]:
         # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
         rows = common.take_batch(train_rows, step, args)
         prompts = common.prompt_batch(tokenizer, rows, model.device)  # prompt_ids and prompt_mask [N, P]
-        with common.autocast(args), common.gathered(model):
+        with common.autocast(args):
             completion_ids, completion_mask, sampled_logprobs, truncated = rollout(  # [B, T], truncated [B]
                 model, *prompts, max_new_tokens=args.max_new_tokens, samples_per_prompt=G, temperature=args.temperature
             )
@@ -316,6 +315,7 @@ def main(args: Args) -> dict[str, float]:
                     stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
                 stats["kl/old"] += kl
                 for one, own in ((value_model, value_optimizer), (model, optimizer)):
+                    common.sum_gradients(one)
                     norm = torch.nn.utils.clip_grad_norm_(one.parameters(), args.max_grad_norm, error_if_nonfinite=True)
                     own.step()
                     own.zero_grad()

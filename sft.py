@@ -51,7 +51,7 @@ class Args:
     save_every: int = 50  # steps between checkpoints; 0 saves at Ctrl-C only
     output_dir: str = ""  # folder of the run; runs/<script>-<time> without it
     resume: str = ""  # folder of a run to continue
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
+    track: Literal["none", "wandb"] = "none"  # where metrics go besides metrics.jsonl
 
     # the algorithm's own
     max_length: int = 512  # tokens of prompt and completion; longer rows are dropped: cut off, they teach to break off
@@ -104,7 +104,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
     """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
     head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; at least one, so that every process runs this pass (FSDP)
+    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -188,7 +188,7 @@ def sft_loss(logprobs, completion_mask, *, normalizer):
 def evaluate(run, step, model, tokenizer, rows, examples, score, args):
     """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts; eval/loss of each token."""
     answers, losses = [], [torch.zeros(0)]  # the losses of each token of the demonstrations
-    with common.autocast(args), common.gathered(model):
+    with common.autocast(args):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             *completions, truncated = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
@@ -207,9 +207,8 @@ def evaluate(run, step, model, tokenizer, rows, examples, score, args):
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of each metric."""
     args = common.check_args(args)
-    train_rows, eval_rows = common.load_data(
-        args.data, args.eval_data, args.eval_prompts, columns=("prompt", "completion"), prepare=to_demonstration
-    )
+    columns = ("prompt", "completion")
+    train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns, to_demonstration)
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
     model, tokenizer = common.load_model(args.model, args.device, args)
@@ -237,6 +236,7 @@ def main(args: Args) -> dict[str, float]:
             loss = sft_loss(logprobs, completion_mask[micro], normalizer=tokens)
             loss.backward()
             stats["loss/sft"] += loss.detach()
+        common.sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
         stats["grad_norm"] += float(norm)
         optimizer.step()

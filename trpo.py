@@ -54,7 +54,7 @@ class Args:
     save_every: int = 50  # steps between checkpoints; 0 saves at Ctrl-C only
     output_dir: str = ""  # folder of the run; runs/<script>-<time> without it
     resume: str = ""  # folder of a run to continue
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
+    track: Literal["none", "wandb"] = "none"  # where metrics go besides metrics.jsonl
 
     # the algorithm's own
     baseline: Literal["none", "mean", "leave_one_out"] = "leave_one_out"  # what a completion's reward is compared with
@@ -118,7 +118,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
     """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
     head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; at least one, so that every process runs this pass (FSDP)
+    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -277,7 +277,7 @@ def line_search(measure, parameters, step, *, max_kl, max_backtracks):
 def evaluate(run, step, model, tokenizer, rows, score, args):
     """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
     answers = []
-    with common.autocast(args), common.gathered(model):
+    with common.autocast(args):
         for batch in common.eval_batches(rows, args):
             prompts = common.prompt_batch(tokenizer, batch, model.device)
             *completions, truncated = rollout(model, *prompts, max_new_tokens=args.max_new_tokens)
@@ -294,10 +294,9 @@ def main(args: Args) -> dict[str, float]:
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
-    # whole in each process and in float32, as it is differentiated twice; FSDP's parameters cannot be
-    float32 = replace(args, dtype="float32")
-    model, tokenizer = common.load_model(args.model, args.device, float32, whole=True)
-    old_model = common.load_model(args.model, model.device, float32, whole=True)[0]  # the policy that sampled
+    float32 = replace(args, dtype="float32")  # LoRA's frozen weights, too, as they are differentiated twice
+    model, tokenizer = common.load_model(args.model, args.device, float32)
+    old_model = common.load_model(args.model, model.device, float32)[0]  # the policy that sampled
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
     ref_model = common.load_reference(args, model) if args.beta else None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -310,7 +309,7 @@ def main(args: Args) -> dict[str, float]:
         # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
         rows = common.take_batch(train_rows, step, args)
         prompts = common.prompt_batch(tokenizer, rows, model.device)  # prompt_ids and prompt_mask [N, P]
-        with common.autocast(args), common.gathered(model):
+        with common.autocast(args):
             completion_ids, completion_mask, sampled_logprobs, truncated = rollout(  # [B, T], truncated [B]
                 model, *prompts, max_new_tokens=args.max_new_tokens, samples_per_prompt=G, temperature=args.temperature
             )

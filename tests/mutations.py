@@ -34,8 +34,8 @@ common.py test_common.py::test_load_model_settles_dtype_dropout_stops_and_padded
 +{"output_loading_info": True}
 0.4: Under bfloat16 forward passes a step of 1e-6 still moves the weights. (NeMo-RL#2322)
 common.py test_scripts.py::test_bfloat16_forward_passes_leave_float32_parameters_that_small_steps_move
--return module.to(device)
-+return module.to(device, torch.bfloat16)
+-return model.to(device), tokenizer
++return model.to(device, torch.bfloat16), tokenizer
 0.5: TRPO differentiates twice, which fused attention cannot. (pytorch#116350)
 trpo.py test_trpo.py::test_fisher_vector_product_is_the_explicit_fisher_times_the_vector
 -with sdpa_kernel(SDPBackend.MATH):  # fused
@@ -78,8 +78,8 @@ grpo.py test_rollout.py::test_logprobs_do_not_depend_on_padding
 +    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
 A7: Where pad is EOS, the stop token is still a target. (trl#1623, trl#3091)
 common.py test_update.py::test_sft
--return ids.to(device), mask.to(device)
-+return ids.to(device), (ids != 0).long().to(device)
+-padded([torch.ones_like(row) for row in rows])
++padded([(row != 0).long() for row in rows])
 A8: Every stop id ends a completion. (trl#7039, trl#1553)
 grpo.py test_rollout.py::test_every_stop_id_ends_a_row_and_is_counted
 -torch.tensor(model.generation_config.eos_token_id, device=prompt_ids.device)
@@ -100,8 +100,8 @@ common.py test_data.py::test_bos_comes_once
 +plain = True
 A12: There is no dropout: the model stays in eval mode. (arXiv 2403.17031, trl#3234)
 common.py test_common.py::test_load_model_settles_dtype_dropout_stops_and_padded_vocabulary
--    return model.to(device) if whole
-+    return model.train().to(device) if not args
+-return model.to(device), tokenizer
++return model.train().to(device), tokenizer
 A13, B4: A micro-batch's sum is divided by what the whole batch has. (transformers#34191, verl#906)
 sft.py test_update.py::test_sft
 -sft_loss(logprobs, completion_mask[micro], normalizer=tokens)
@@ -275,8 +275,8 @@ grape.py test_grape.py::test_critic_is_read_by_its_yes_and_no
 +answer
 R1: A resumed run has its optimizer's state. (trl#2657, OpenRLHF#1103)
 common.py test_runs.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[grpo]
--set_state_dict(model, [optimizer] if moments else [], **both)
-+set_state_dict(model, [], **both | {"optim_state_dict": {}})
+-                if optimizer:
++                if False:
 R2: A kill during a save leaves the last good checkpoint.
 common.py test_runs.py::test_a_kill_during_a_save_leaves_the_last_good_checkpoint[torch.save]
 -self.checkpoint.with_suffix(".new").open("wb")
@@ -304,7 +304,7 @@ P3: TRPO's replicas take one step: the Fisher matrix is of all processes' tokens
 trpo.py test_distributed.py::test_two_processes_update_as_one_does[trpo]
 -return common.total(product) + damping * vector
 +return product + damping * vector
-P4: A process that kept fewer completions runs the same passes, on rows without weight.
+P4: A process that kept fewer completions makes the same steps, on rows without weight.
 rejection_sampling.py test_distributed.py::test_two_processes_update_as_one_does[rejection_sampling-batch]
 -completion_mask[minibatch] * (minibatch >= 0)[:, None]
 +completion_mask[minibatch]
@@ -324,30 +324,30 @@ P8: Each process draws its own random numbers.
 common.py test_distributed.py::test_the_readmes_command_writes_and_says_everything_once
 -+ step * 8191 + RANK)
 ++ step * 8191)
-P9: Tied weights are saved once.
-common.py test_distributed.py::test_two_processes_update_as_one_does[sft]
-- if name not in tied}
-+}
-P10: All processes keep equally many prompts, or their passes differ in number.
-common.py test_distributed.py::test_two_processes_update_as_one_does[reinforce]
--int(total((~tied).sum().clamp(min=1), dist.ReduceOp.MAX))
-+int((~tied).sum().clamp(min=1))
+P9: A gradient is the sum of all processes'.
+sft.py test_distributed.py::test_two_processes_update_as_one_does[sft]
+-common.sum_gradients(model)
++pass
+P10: A process of ties alone keeps one prompt, or it would log other figures than the rest.
+common.py test_batches.py::test_ties_are_left_out_by_whole_prompts_and_one_stays
+-return prompts[:1] if tied.all() else prompts[~tied]
++return prompts[~tied]
 L1: The reference is the model without its adapters. (trl#1500)
 common.py test_adapters.py::test_the_reference_is_the_start_though_the_adapters_were_trained[grpo]
 -rescale_adapter_scale(model, 0.0)
 +rescale_adapter_scale(model, 1.0)
 L2: A checkpoint holds no frozen weights.
 common.py test_adapters.py::test_lora_trains_adapters_only_and_saves_them_as_peft_does[sft]
--"ignore_frozen_params": True
-+"ignore_frozen_params": False
+-model.named_parameters() if weight.requires_grad}
++model.named_parameters()}
 L3: Layers that run twice share no prompt's cache, which they would write twice.
 common.py test_adapters.py::test_gradient_checkpointing_changes_no_figure[grpo-0]
 -model.shares_prompts = False
 +model.shares_prompts = True
 U1: A reward changes nobody's data, not even that of a second sample of the prompt. (verl#1293, its_hub#21)
 common.py test_rewards.py::test_a_reward_changes_nobodys_data
--[copy.deepcopy(row.get(column)) for
-+[row.get(column) for
+-[copy.deepcopy(row[column]) for
++[row[column] for
 U2: No wrong answer scores 1: not one of several numbers. (verl#7274, evalscope#903, trl#4563)
 common.py test_rewards.py::test_exact_answer
 -len(parts) < 3 and to_number

@@ -1,6 +1,6 @@
 """Several processes do what one does: the same updates, metrics and files; and they end together.
 
-Two processes with gloo, on sharded models, some of them under torchrun; worker.py has the runs.
+Two processes with gloo, some of them under torchrun; worker.py has the runs.
 """
 
 import inspect

@@ -171,7 +171,7 @@ def test_messages_are_answered_by_messages_and_none_scores_nothing(monkeypatch):
         return [2.0 if one == "red" else None for one in colour]
 
     monkeypatch.setattr(common, "judge", judge, raising=False)
-    rows = [{"prompt": [turn("user", "q")], "colour": "red"}, {"prompt": [turn("user", "q")]}]  # a column of one row
+    rows = [{"prompt": [turn("user", "q")], "colour": one} for one in ("red", None)]
     rewards, components = common.load_reward(("judge",), (0.5,))(rows, ["a", "b"])
     assert rewards[0] == 1.0 and rewards[1].isnan() and components["judge"][0] == 2.0
     sure = common.load_reward(("judge", "exact_answer"), ())([row | {"answer": "b"} for row in rows], ["a", "b"])[0]
