@@ -209,27 +209,30 @@ def fisher_factors(model, chunk, *, temperature, normalizer):
     return log_softmax, probe, flatten(gradient), 1 / normalizer
 
 
-def fisher_vector_product(factors, parameters, vector, *, damping=0.0):
-    """(F + damping) v [n] for a vector v [n]; F = J' diag(pi) J / tokens (arXiv 1502.05477, appendix C.1) is the
-    Hessian, at pi, of the mean KL(pi_old || pi). J' u is linear in u, so (J' u) . v has the derivative J v by u."""
+def fisher_vector_product(factors, parameters, vector):
+    """F v [n] for a vector v [n]; F = J' diag(pi) J / tokens (arXiv 1502.05477, appendix C.1) is the Hessian, at pi, of
+    the mean KL(pi_old || pi). J' u is linear in u, so (J' u) . v has the derivative J v by u."""
     product = torch.zeros_like(vector)
     for log_softmax, probe, gradient, weight in factors:
         with sdpa_kernel(SDPBackend.MATH):  # gradient checkpointing computes attention once more
             (jvp,) = torch.autograd.grad(gradient @ vector, probe, retain_graph=True)  # J v [n, V]
             jvp = log_softmax.detach().exp() * jvp * weight
             product = product + flatten(torch.autograd.grad(log_softmax, parameters, jvp, retain_graph=True))
-    return common.total(product) + damping * vector
+    return common.total(product)
 
 
-def conjugate_gradient(fvp, b, *, iterations, tolerance):
-    """x [n] of which fvp(x) is nearly b, and the norm of the residual b - fvp(x) as a part of b's: it ends after so
-    many iterations, once that part is below the tolerance, or at a direction without curvature."""
+def conjugate_gradient(fvp, b, *, iterations, tolerance, damping=0.0):
+    """x [n] that nearly solves (F + lambda) x = b, lambda being the damping times F's curvature along b; the residual's
+    norm as a part of b's; and x'Fx. Ends after so many iterations, below the tolerance, or where F has no curvature."""
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
     square = b @ b
-    for _ in range(iterations):
+    for iteration in range(iterations):
         if square.sqrt() <= tolerance * b.norm():
             break
         product = fvp(direction)
+        if iteration == 0:  # the direction is b
+            damping = damping * (b @ product) / square
+        product = product + damping * direction
         curvature = direction @ product
         if curvature <= 0:
             break
@@ -237,7 +240,7 @@ def conjugate_gradient(fvp, b, *, iterations, tolerance):
         residual -= square / curvature * product
         previous, square = square, residual @ residual
         direction = residual + square / previous * direction
-    return x, square.sqrt() / b.norm()
+    return x, square.sqrt() / b.norm(), x @ (b - residual) - damping * (x @ x)
 
 
 @torch.no_grad()
@@ -358,11 +361,10 @@ def main(args: Args) -> dict[str, float]:
                 for _, inputs in common.micro_batches(fisher_batch, everything, args.micro_batch_size)
             ]
             fvp = partial(fisher_vector_product, factors, parameters)
-            damping = args.damping * (gradient @ fvp(gradient)) / (gradient @ gradient)  # of F's curvature along it
-            x, residual = conjugate_gradient(
-                partial(fvp, damping=damping), gradient, iterations=args.cg_iterations, tolerance=args.cg_tolerance
+            x, residual, curvature = conjugate_gradient(
+                fvp, gradient, iterations=args.cg_iterations, tolerance=args.cg_tolerance, damping=args.damping
             )
-            full_step = (2 * max_kl / (x @ fvp(x))).sqrt() * x
+            full_step = (2 * max_kl / curvature).sqrt() * x
             del factors, fvp  # the search needs their graphs' memory
             micros = common.micro_batches(batch, everything, args.micro_batch_size)
             chunks = [(*inputs, advantages[rows]) for rows, inputs in micros]

@@ -3,6 +3,7 @@
 python -m pip install reasoning-gym matplotlib
 python benchmarks/real.py
 python benchmarks/real.py --model Qwen/Qwen2.5-0.5B-Instruct --output-dir runs/real-qwen --more "--micro-batch-size 32"
+python benchmarks/real.py --peer trl        with TRL's trainers beside ours; needs benchmarks/requirements.txt
 
 Makes the data (benchmarks/additions.py), warms the model up with sft.py on 64 demonstrations, and from that one start
 trains the other seven on other prompts. Two controls: sft.py on the same demonstrations for longer, and
@@ -14,11 +15,13 @@ docs/results.md shows what came out, and which settings are wrong on purpose.
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from defaults import COLORS
@@ -47,11 +50,15 @@ RUNS = {  # name: script and flags, or another run and what it has besides; the 
     "reinforce-2": "reinforce --seed 2",
     "grpo-2": "grpo --seed 2",
     "ppo-2": "ppo --seed 2",
+    "sft-2": "sft --seed 2",
+    "dpo-2": "dpo --seed 2",
 }
+PEERS = [f"trl-{name}{seed}" for seed in ("", "-2") for name in ("sft", "dpo", "grpo", "reinforce")]  # by real_trl.py
 PANELS = {  # title: what along x, runs
     "held-out accuracy, greedy": ("minutes", "sft random rejection_sampling reinforce grpo ppo trpo dpo grape"),
     "by completions sampled": ("completions", "random rejection_sampling reinforce grpo ppo trpo grape"),
     "wrong settings": ("steps", "grpo grpo-too-fast grpo-too-often dpo dpo-too-loose"),
+    "TRL's trainers, dashed": ("steps", "sft trl-sft reinforce trl-reinforce grpo trl-grpo dpo trl-dpo"),
 }
 
 
@@ -61,14 +68,15 @@ class Args:
     output_dir: Path = Path("runs/real")  # for data, runs, table.md, completions.md and curves.png; of one setting each
     num_steps: int = 30  # steps of each run after the warm-up; of sft.py three times as many, as its steps are short
     only: tuple[str, ...] = ()  # names of runs; all of them without it
+    peer: Literal["none", "trl"] = "none"  # also the same work by TRL's trainers, "trl-grpo" and the like
     more: str = ""  # further flags of every script, such as "--device cuda --micro-batch-size 32"
     quick: bool = False  # two small steps each, to see that everything runs
 
 
 def flags_of(name: str) -> str:
     """The script of a run and its flags; a later flag counts where one is there twice."""
-    first, _, more = RUNS[name].partition(" ")
-    return f"{flags_of(first)} {more}" if first in RUNS and first != name else RUNS[name]
+    first, _, more = (run := RUNS[name.removeprefix("trl-")]).partition(" ")
+    return f"{flags_of(first)} {more}" if first in RUNS and run != RUNS[first] else run
 
 
 def python(script: Path, *arguments) -> float:
@@ -140,14 +148,15 @@ def draw(out: Path, names: list[str]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.2), constrained_layout=True)
+    panels = {title: panel for title, panel in PANELS.items() if "TRL" not in title or {*PEERS} & {*names}}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 4.2), constrained_layout=True)
     styles = {"random": ":", "grpo-too-fast": "--", "grpo-too-often": ":", "dpo-too-loose": "--"}
-    for axis, (title, (unit, runs)) in zip(axes, PANELS.items()):
+    for axis, (title, (unit, runs)) in zip(axes, panels.items()):
         for name in [name for name in runs.split() if name in names]:
             rows = read(out / name / "metrics.jsonl")
             scale = {"minutes": minutes_of(rows), "completions": sequences_of(out / name), "steps": 1}[unit]
             points = [(step * scale, value) for step, value in evaluations(rows)]
-            color, style = COLORS[flags_of(name).split()[0]], styles.get(name, "-")
+            color, style = COLORS[flags_of(name).split()[0]], styles.get(name, "--" if name in PEERS else "-")
             axis.plot(*zip(*points), label=name, color=color, linestyle=style, marker="o", markersize=3)
         axis.set(title=title, xlabel=unit, ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
@@ -157,8 +166,10 @@ def draw(out: Path, names: list[str]) -> None:
 
 
 def main(args: Args) -> None:
-    if unknown := {*args.only} - RUNS.keys():
-        raise SystemExit(f"--only: {', '.join(sorted(unknown))}: not among {', '.join(RUNS)}")
+    known = [*RUNS, *PEERS]
+    chosen = args.only or (known if args.peer == "trl" else RUNS)
+    if unknown := {*chosen} - {*known}:
+        raise SystemExit(f"--only: {', '.join(sorted(unknown))}: not among {', '.join(known)}")
     out, data = args.output_dir, args.output_dir / "data"
     prompts, samples, steps, problems = (4, 2, 2, 8) if args.quick else (32, 8, args.num_steps, 500)
     warm_steps, pairs, every = (2, 16, 1) if args.quick else (8, 768 * steps // 30, 10)
@@ -170,7 +181,7 @@ def main(args: Args) -> None:
     reward = ["--reward", f"{HERE / 'additions.py'}:solved", "--max-new-tokens", 6]
     evaluation = ["--eval-data", data / "test.jsonl", "--eval-prompts", problems, "--eval-every", every]
 
-    settings = json.dumps(asdict(args) | {"output_dir": "", "only": "", "more": ""}, indent=2)
+    settings = json.dumps(asdict(args) | {"output_dir": "", "only": "", "more": "", "peer": ""}, indent=2)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists() and (out / "settings.json").read_text(encoding="utf-8") != settings:
         raise SystemExit(f"--output-dir {out}: holds runs of other settings, see its settings.json; give another one")
@@ -179,12 +190,15 @@ def main(args: Args) -> None:
         chat = ["--chat"] if AutoTokenizer.from_pretrained(args.model).chat_template else []
         python(HERE / "additions.py", data, *chat)
     failed = []
-    for name in [name for name in RUNS if not args.only or name in ("warm-up", *args.only)]:
+    for name in dict.fromkeys(["warm-up", *chosen]):
         run, start = out / name, args.model if name == "warm-up" else out / "warm-up" / "model"
         flags = flags_of(name).format(**sizes, **{place: shlex.quote(str(path)) for place, path in places.items()})
         script, *flags = shlex.split(flags)
         flags = ["--model", start, "--num-steps", steps, *reward, *evaluation, "--save-every", 5, *flags]
+        if name in PEERS and not (run / "model").exists():  # nothing of it can be resumed
+            shutil.rmtree(run, ignore_errors=True)
         flags = ["--resume", run] if (run / "args.json").exists() else [*flags, "--output-dir", run]
+        command = [HERE / "real_trl.py", script] if name in PEERS else [HERE.parent / f"{script}.py"]
         try:
             if script == "dpo" and not (data / "pairs.jsonl").exists():  # of the start's own samples
                 length = f"{HERE.parent / 'examples' / 'rewards.py'}:length"
@@ -193,14 +207,14 @@ def main(args: Args) -> None:
                 python(HERE / "pairs.py", *made, "--prompts", pairs, "--prompts-per-batch", prompts)
                 (data / "pairs.part").rename(data / "pairs.jsonl")
             if not (run / "model").exists():
-                memory = python(HERE.parent / f"{script}.py", *flags, *shlex.split(args.more))
+                memory = python(*command, *flags, *shlex.split(args.more))
                 (run / "memory").write_text(f"{memory:.2f}")
             (run / "checkpoint" / "state.pt").unlink(missing_ok=True)  # three times as large as the model
         except SystemExit as error:  # such as too little memory: the others go on
             if name == "warm-up":
                 raise
             failed.append(f"{name}: {error}")
-    names = [name for name in RUNS if (out / name / "model").exists()]
+    names = [name for name in known if (out / name / "model").exists()]
     (out / "table.md").write_text(table(out, names, problems), encoding="utf-8")
     (out / "completions.md").write_text(completions(out, names), encoding="utf-8")
     print((out / "table.md").read_text(encoding="utf-8"))

@@ -230,9 +230,9 @@ trpo.py test_exact.py::test_fisher_vector_product_over_all_completions
 -jvp = log_softmax.detach().exp() * jvp * weight
 +jvp = jvp * weight
 D11: Conjugate gradient solves the damped system. (sb3-contrib#38)
-trpo.py test_update.py::test_trpo
--partial(fvp, damping=damping), gradient
-+fvp, gradient
+trpo.py test_trpo.py::test_conjugate_gradient_solves
+-product = product + damping * direction
++pass
 D12: A failed search restores the parameters. (tianshou#1287, modular_rl#7)
 trpo.py test_trpo.py::test_line_search
 -    vector_to_parameters(old_parameters, parameters)
@@ -302,8 +302,8 @@ common.py test_distributed.py::test_two_processes_update_as_one_does[reinforce]
 +args.prompts_per_step
 P3: TRPO's replicas take one step: the Fisher matrix is of all processes' tokens.
 trpo.py test_distributed.py::test_two_processes_update_as_one_does[trpo]
--return common.total(product) + damping * vector
-+return product + damping * vector
+-return common.total(product)
++return product
 P4: A process that kept fewer completions makes the same steps, on rows without weight.
 rejection_sampling.py test_distributed.py::test_two_processes_update_as_one_does[rejection_sampling-batch]
 -completion_mask[minibatch] * (minibatch >= 0)[:, None]
