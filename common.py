@@ -19,7 +19,7 @@ import warnings
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
-from functools import partial, partialmethod
+from functools import partial
 from pathlib import Path
 
 # Threads spin while they wait for each other, which starves them once a core has other work: docs/speed.md
@@ -39,8 +39,8 @@ warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # transfor
 transformers.utils.logging.get_logger("transformers.utils.generic").setLevel("ERROR")  # which says so, too
 torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients may be NaN (pytorch/pytorch#196678, huggingface/trl#7181)
 for kind in (DynamicLayer, DynamicSlidingWindowLayer):  # keys in the dtype of values: autocast leaves them in float32
-    narrow = partialmethod(lambda self, update, k, v, *x, **y: update(self, k.to(v.dtype), v, *x, **y), kind.update)
-    kind.update = narrow
+    update = kind.update
+    kind.update = lambda self, k, v, *x, update=update, **y: update(self, k.to(v.dtype), v, *x, **y)
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 if WORLD_SIZE > 1 and torch.cuda.is_available():  # before a reward file puts a model on the first GPU
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -114,7 +114,7 @@ def gather(items: list) -> list:
 
 
 def sum_gradients(model) -> None:
-    """Each process has the whole model and a part of the batch; its losses are divided by what all processes have."""
+    """Add up the gradients of all processes: each has the whole model, and divides its losses by what all have."""
     for parameter in model.parameters() if WORLD_SIZE > 1 else ():
         if parameter.requires_grad:
             parameter.grad = total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -169,7 +169,7 @@ def load_model(path: str, device, args=None):
     # gradients may flow through a prompt's cache, but not through recurrent states
     model.shares_prompts = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
-    model.trunk = partial(torch.nn.Module.__call__, model.base_model)  # the pass without the head
+    model.trunk = partial(torch.nn.Module.__call__, model.base_model)  # the pass without the head, no submodule
     if args and args.lora_rank:
         import peft
 
@@ -386,7 +386,7 @@ def micro_batches(batch: tuple[torch.Tensor, ...], prompts: torch.Tensor, size: 
 def without_ties(prompts: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     """Those of the prompts [n] whose advantages, of [N, G], are not all 0; the others have no policy gradient. One at
     least, so that each process has the same metrics."""
-    tied = (advantages.cpu()[prompts] == 0).all(1)
+    tied = (advantages.cpu()[prompts.cpu()] == 0).all(1)
     return prompts[:1] if tied.all() else prompts[~tied]
 
 
@@ -437,12 +437,15 @@ def exact_answer(completions: list, **columns: list) -> list[float | None]:
 def load_function(name: str, folder: str | Path = ""):
     """A reward of this file, `package.module:function`, or `file.py:function`, the path relative to the folder."""
     module, _, function = name.rpartition(":")
-    if module.endswith(".py"):
-        file = Path(folder, module).resolve()
-        sys.path.insert(0, str(file.parent))  # its neighbours are found, as by a script
-        found = runpy.run_path(str(file))
-    else:
-        found = vars(pkgutil.resolve_name(module or __name__))
+    try:
+        if module.endswith(".py"):
+            file = Path(folder, module).resolve()
+            sys.path.insert(0, str(file.parent))  # its neighbours are found, as by a script
+            found = runpy.run_path(str(file))
+        else:
+            found = vars(pkgutil.resolve_name(module or __name__))
+    except SystemExit as error:  # of an exit(), which would end the run as if all were well
+        raise RuntimeError(f"{module} called exit({error.code!r})") from error
     if function not in found:
         nearest = difflib.get_close_matches(function, found, 1, 0.0)[0]
         raise SystemExit(f"{name}: not found; the nearest is {nearest}; give exact_answer or file.py:function")
@@ -459,7 +462,7 @@ def call_reward(name: str, function, rows: list[dict], texts: list[str], ids=Non
     try:
         values = function(**arguments)
         values = list(asyncio.run(values) if hasattr(values, "__await__") else values)
-    except SystemExit as error:  # of an exit(), which would end the run as if all were well
+    except SystemExit as error:
         raise RuntimeError(f"reward {name} called exit({error.code!r})") from error
     if len(values) != len(rows):
         raise SystemExit(f"reward {name}: returned {len(values)} values for {len(rows)} completions")
@@ -533,7 +536,7 @@ class Run:
         if count < 20:
             print(f"{count} held-out rows: too few to tell much; give others by --eval-data, or more --eval-prompts")
         if args.resume and self.checkpoint.exists():  # without one the run begins again
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=WORLD_SIZE > 1)
             for name, (model, optimizer) in parts.items():
                 model.load_state_dict(state["parts"][name]["weights"], strict=False)
                 if optimizer:
@@ -580,7 +583,7 @@ class Run:
         processes, the mean of others, without NaN."""
         tensors = {name: value.detach().cpu().double() for name, value in metrics.items() if hasattr(value, "detach")}
         sums = [value.nansum() if value.ndim else value for value in tensors.values()]
-        counts = [(~value.isnan()).sum() if value.ndim else 1 / WORLD_SIZE for value in tensors.values()]
+        counts = [(~value.isnan()).sum() if value.ndim else 1 / WORLD_SIZE for value in tensors.values()]  # 1 in all
         sums, counts = (total(torch.tensor(x, dtype=torch.float64)) for x in (sums, counts))
         metrics = metrics | dict(zip(tensors, (sums / counts).tolist())) | self.times
         metrics |= {"memory/peak": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {}
@@ -639,7 +642,7 @@ class Run:
             os.replace(file.name, self.checkpoint)  # only now that it is whole and on the disk
         if stopping:
             gather([])  # nobody leaves before it is written
-            start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {WORLD_SIZE}"
+            start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
             command = f"{start} {sys.argv[0]} --resume '{self.dir.as_posix()}'"
             raise SystemExit(1 if RANK else f"stopped after step {step}; go on with: {command}")
 
@@ -649,7 +652,10 @@ class Run:
         if RANK == 0:
             tokenizer.save_pretrained(part)
             if adapted and Path(self.args.model, "adapter_config.json").exists():  # peft would load only one of the two
-                adapted, model = False, model.float().adapters[0].merge_and_unload()
+                own = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+                model = load_model(self.args.model, "cpu", replace(self.args, dtype="float32"))[0]
+                model.load_state_dict(own, strict=False)
+                adapted, model = False, model.adapters[0].merge_and_unload()
             if adapted:
                 model.adapters[0].save_pretrained(part, save_embedding_layers=False)
             else:

@@ -230,7 +230,7 @@ def conjugate_gradient(fvp, b, *, iterations, tolerance, damping=0.0):
         if square.sqrt() <= tolerance * b.norm():
             break
         product = fvp(direction)
-        if iteration == 0:  # the direction is b
+        if iteration == 0:  # the direction is b; from here on it is lambda
             damping = damping * (b @ product) / square
         product = product + damping * direction
         curvature = direction @ product

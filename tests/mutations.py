@@ -338,8 +338,8 @@ common.py test_adapters.py::test_the_reference_is_the_start_though_the_adapters_
 +rescale_adapter_scale(model, 1.0)
 L2: A checkpoint holds no frozen weights.
 common.py test_adapters.py::test_lora_trains_adapters_only_and_saves_them_as_peft_does[sft]
--model.named_parameters() if weight.requires_grad}
-+model.named_parameters()}
+-for key, weight in model.named_parameters() if weight.requires_grad}
++for key, weight in model.named_parameters()}
 L3: Layers that run twice share no prompt's cache, which they would write twice.
 common.py test_adapters.py::test_gradient_checkpointing_changes_no_figure[grpo-0]
 -model.shares_prompts = False

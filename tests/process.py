@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 REPO = Path(__file__).parent.parent
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["numpy", "peft", "torch", "torch.distributed.fsdp", "transformers", "tyro"])
+SERVER.set_forkserver_preload(["numpy", "peft", "torch", "transformers", "tyro"])
 
 
 def execute(argv, cwd, environment, output):

@@ -199,11 +199,11 @@ def test_what_is_evaluated_is_not_what_is_trained(tmp_path, capsys):
     assert "2 of 3 prompts" in capsys.readouterr().out
 
 
-EXITS = {"called": "def judge(completions, **columns):\n    exit(0)\n"}
+EXITS = {"called": "def judge(completions, **columns):\n    exit(0)\n", "imported": "raise SystemExit(0)\n"}
 EXITS["awaited"] = "async " + EXITS["called"]
 
 
-@pytest.mark.parametrize(("when", "module"), [*product(EXITS, [False]), ("called", True)])
+@pytest.mark.parametrize(("when", "module"), [*product(EXITS, [False]), ("imported", True)])
 def test_exit_in_a_reward_is_an_error(when, module, tmp_path, monkeypatch):
     (tmp_path / "judge_that_exits.py").write_text(EXITS[when])
     monkeypatch.syspath_prepend(tmp_path)
