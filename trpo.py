@@ -11,7 +11,7 @@ they are. The KL is exact, over the whole vocabulary: samples would make it nois
 Source: arXiv 1502.05477, section 6, appendix C; arXiv 2509.04501, section on TRPO. Simplified: the bound falls to 0.
 
     python trpo.py
-    python trpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --max-kl 0.04 --cg-iterations 2 \\
+    python trpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --max-kl 0.08 --cg-iterations 2 \\
         --prompts-per-step 8 --samples-per-prompt 16 --micro-batch-size 8 --max-new-tokens 256 --eval-prompts 100
 
 A row of the .jsonl file: {"prompt": [{"role": "user", "content": "What is 37 + 48?"}], "answer": "85"}

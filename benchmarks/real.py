@@ -38,7 +38,7 @@ RUNS = {  # name: script and flags, or another run and what it has besides; the 
     "reinforce": f"reinforce {SAMPLED} {ADAM}",
     "grpo": f"grpo {SAMPLED} {ADAM} --beta 0",
     "ppo": f"ppo {SAMPLED} {ADAM} --beta 0 --value-learning-rate 5e-5 --num-epochs 1",
-    "trpo": f"trpo {SAMPLED} --max-kl 0.08 --cg-iterations 2 --num-steps {{half}}",
+    "trpo": f"trpo {SAMPLED} --max-kl 0.08 --cg-iterations 2",
     "dpo": "dpo --data {data}/pairs.jsonl --prompts-per-step {prompts} --learning-rate 5e-6 --warmup-steps 5 "
     "--beta 0.5",
     "grape": f"grape {SAMPLED} {ADAM} --beta 0 --rubric {{rubric}} --critic-model {{model}}",
@@ -177,7 +177,6 @@ def main(args: Args) -> None:
     longer = f"--num-steps {3 * steps} --eval-every {3 * every}"
     few = f"--num-steps {max(1, steps // 3)} --eval-every {max(1, every // 2)}"
     sizes = {"prompts": prompts, "samples": samples, "warm_steps": warm_steps, "longer": longer, "few": few}
-    sizes["half"] = max(1, steps // 2)
     reward = ["--reward", f"{HERE / 'additions.py'}:solved", "--max-new-tokens", 6]
     evaluation = ["--eval-data", data / "test.jsonl", "--eval-prompts", problems, "--eval-every", every]
 
