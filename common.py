@@ -159,13 +159,16 @@ def load_model(path: str, device, args=None):
 
     # a token that is read with the KV cache must get the logits that it gets without
     ids, rows = torch.tensor([[0, 1, 0], [1, 0, 0]]), torch.tensor([1, 0, 1])
-    with torch.no_grad():
-        own = logits_of(model, model.base_model(input_ids=ids).last_hidden_state[rows, -1:])
-        cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
-        cache.reorder_cache(rows)
-        read = model(input_ids=ids[rows, 2:], attention_mask=torch.ones_like(ids[rows]), past_key_values=cache).logits
-    if not torch.allclose(read, own, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
-        raise SystemExit(f"{path}: its KV cache, or common.logits_of, makes other logits; not supported")
+    try:
+        with torch.no_grad():
+            own = logits_of(model, model.base_model(input_ids=ids).last_hidden_state[rows, -1:])
+            cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
+            cache.reorder_cache(rows)
+            inputs = {"input_ids": ids[rows, 2:], "attention_mask": torch.ones_like(ids[rows])}
+            read = model(**inputs, past_key_values=cache).logits
+        torch.testing.assert_close(read, own, rtol=1e-3, atol=1e-3 * float(own.abs().max()))
+    except (AttributeError, RuntimeError, AssertionError) as error:
+        raise SystemExit(f"{path}: its KV cache, or common.logits_of, makes other logits; not supported") from error
     # gradients may flow through a prompt's cache, but not through recurrent states
     model.shares_prompts = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
