@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_data import CPU, END, SIZES, folder_of, turn, write
 from test_runs import Killed, die_at
 from test_scripts import FEW, REPO, SAMPLING, SCRIPTS
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 SMALL = {"num_steps": 2, "prompts_per_step": 2, "eval_prompts": 2, "data": FEW}
 
@@ -131,6 +131,8 @@ def test_a_model_that_could_not_sample(tmp_path, tokenizer, monkeypatch):
             common.load_model(str(folder), CPU)
 
     refused("its KV cache, or", MambaForCausalLM(MambaConfig(**SIZES)))
+    own = {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 8, "head_dim": 8}
+    refused("its KV cache, or", RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**SIZES | own)))  # it raises
     tokenizer.eos_token = None
     refused("no stop token")
     tokenizer.eos_token, tokenizer.chat_template = END, "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
