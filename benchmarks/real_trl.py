@@ -4,7 +4,7 @@ python benchmarks/real_trl.py grpo --model PATH --data train.jsonl ...
 
 The same checkpoint, rows in the same order, reward, completions a step, rate, schedule, AdamW without weight decay and
 dtype; no gradient checkpointing. Our greedy evaluation measures it, and the run leaves what ours leave. TRL's own are
-tokens, sampling and loss. Needs benchmarks/requirements.txt.
+tokens, sampling and loss; of several rewards it gets the first. Needs benchmarks/requirements.txt.
 """
 
 import importlib
@@ -76,6 +76,7 @@ def main(script: str, flags: list[str]) -> None:
     ]
     names = columns if script in ("sft", "dpo") else rows[0].keys() - {"completion", "chosen", "rejected"}
     data = datasets.Dataset.from_list([{name: row[name] for name in names} for row in rows])
+    function = common.load_function(args.reward[0])
     lengths, rollouts, start = [], [], time.perf_counter()
 
     def timed(function):
@@ -89,7 +90,6 @@ def main(script: str, flags: list[str]) -> None:
 
     def reward(prompts, completions, completion_ids, **columns):
         lengths.extend(map(len, completion_ids))
-        function = common.load_function(args.reward[0])
         return function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
 
     def evaluate(step):
