@@ -103,9 +103,9 @@ def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
 
 
 def minutes_of(rows: list[dict]) -> float:
-    """Of a step: the median, which another process beside it moves least; without evaluations."""
+    """Of a step: the mean, without evaluations. Ours become shorter as groups tie."""
     parts = [[row.get(f"time/{part}", 0) for part in ("rollout", "score", "update")] for row in rows if row["step"]]
-    return statistics.median(map(sum, parts)) / 60
+    return statistics.mean(map(sum, parts)) / 60
 
 
 def sequences_of(run: Path) -> int:
