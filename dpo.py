@@ -65,7 +65,7 @@ class Args:
     track: Literal["none", "wandb"] = "none"  # where metrics go besides metrics.jsonl
 
     # the algorithm's own
-    max_length: int = 512  # tokens of prompt and completion; a longer completion is cut off
+    max_length: int = 512  # tokens of prompt and completion; a longer completion is cut off, without a stop token
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "sppo", "simpo"] = "sigmoid"  # which of the losses
     beta: float | None = None  # how closely the policy is held to the reference; by default 0.1, sppo 0.001, simpo 2
     simpo_gamma: float = 1.0  # the margin gamma of simpo
@@ -73,8 +73,7 @@ class Args:
     label_smoothing: float = 0.0  # share of pairs thought to be the wrong way round, for sigmoid and robust
 
     def __post_init__(self):
-        smoothed = self.loss_type in ("sigmoid", "robust")
-        if not 0 <= self.label_smoothing < 0.5 or (self.label_smoothing and not smoothed):
+        if (e := self.label_smoothing) and not (0 < e < 0.5 and self.loss_type in ("sigmoid", "robust")):
             raise SystemExit("--label-smoothing: sigmoid and robust take less than 0.5, the other losses none")
 
 
@@ -172,7 +171,8 @@ def to_pair(row):
         shared = "".join(shared)
         prompt = prompt or "".join(shared.rpartition("\n\nAssistant:")[:2])  # as in hh-rlhf
     else:
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or shared
+        prompt = prompt or shared[: min(len(chosen), len(rejected)) - 1]  # the answers may be the same, too
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if shared[: len(prompt)] == prompt and not (isinstance(prompt, str) and prompt.isalnum()):  # one word is chance
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for answer in (chosen, rejected):
@@ -196,8 +196,8 @@ def tokenize(model, tokenizer, rows, args):
 
 def sequence_logprobs(logprobs, completion_mask, *, loss_type):
     """log pi(y | x) [B] of whole completions from those of their tokens [B, T]; ipo and simpo take the mean of them."""
-    total = (logprobs * completion_mask).sum(1)
-    return total / completion_mask.sum(1) if loss_type in ("ipo", "simpo") else total
+    summed = (logprobs * completion_mask).sum(1)
+    return summed / completion_mask.sum(1) if loss_type in ("ipo", "simpo") else summed
 
 
 @torch.no_grad()

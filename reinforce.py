@@ -168,13 +168,13 @@ def compute_advantages(rewards, *, samples_per_prompt, baseline):
     """Rewards [B] minus their baseline; a prompt's samples are adjacent. NaN, not scored, counts for nothing: 0."""
     groups = rewards.float().view(-1, samples_per_prompt)  # [N, G]
     scored = ~groups.isnan()
-    total, count = groups.nansum(1, keepdim=True), scored.sum(1, keepdim=True)
+    summed, count = groups.nansum(1, keepdim=True), scored.sum(1, keepdim=True)
     if baseline == "none":
         b = torch.zeros_like(groups)
     elif baseline == "mean":
-        b = total / count
+        b = summed / count
     else:
-        b = (total - groups) / (count - 1)  # arXiv 2402.14740, eq. 8; a group of one has nothing to compare with
+        b = (summed - groups) / (count - 1)  # arXiv 2402.14740, eq. 8; a group of one has nothing to compare with
     return (groups - b).nan_to_num(0.0, 0.0, 0.0).view(-1)
 
 

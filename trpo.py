@@ -7,7 +7,7 @@ With N tokens in the batch, r_t = pi / pi_old and A_i the advantages of reinforc
 to first order in L and second in D. F, the Hessian of D at pi_old (the Fisher matrix), is never formed, only multiplied
 with: conjugate gradient solves (F + damping) x = grad L, and the step is sqrt(2 d / x'Fx) x, of which D is predicted to
 be d. It is halved until L has risen and D is within d, both measured anew; if that never happens the parameters stay as
-they are. The KL is exact, over the whole vocabulary: samples would make it noise. All is float32, but grad L on a GPU.
+they are. The KL is exact, over the whole vocabulary: samples would make it noise. F and the search are float32.
 Source: arXiv 1502.05477, section 6, appendix C; arXiv 2509.04501, section on TRPO. Simplified: the bound falls to 0.
 
     python trpo.py
@@ -177,13 +177,13 @@ def compute_advantages(rewards, *, samples_per_prompt, baseline):
     """Rewards [B] minus their baseline; a prompt's samples are adjacent. NaN, not scored, counts for nothing: 0."""
     groups = rewards.float().view(-1, samples_per_prompt)  # [N, G]
     scored = ~groups.isnan()
-    total, count = groups.nansum(1, keepdim=True), scored.sum(1, keepdim=True)
+    summed, count = groups.nansum(1, keepdim=True), scored.sum(1, keepdim=True)
     if baseline == "none":
         b = torch.zeros_like(groups)
     elif baseline == "mean":
-        b = total / count
+        b = summed / count
     else:
-        b = (total - groups) / (count - 1)  # arXiv 2402.14740, eq. 8; a group of one has nothing to compare with
+        b = (summed - groups) / (count - 1)  # arXiv 2402.14740, eq. 8; a group of one has nothing to compare with
     return (groups - b).nan_to_num(0.0, 0.0, 0.0).view(-1)
 
 
@@ -198,14 +198,13 @@ def flatten(tensors):
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def fisher_factors(model, chunk, *, temperature, normalizer):
+def fisher_factors(model, parameters, chunk, *, temperature, normalizer):
     """What fisher_vector_product needs of a micro-batch, kept for all products of a step: log_softmax [n, V], a probe
     of its shape, J' probe with its graph, where J is d log_softmax / d theta, and the weight of a token."""
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative (pytorch/pytorch#116350)
         log_softmax = next_token_logprobs(model, *chunk, temperature=temperature)
         probe = torch.zeros_like(log_softmax, requires_grad=True)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        gradient = torch.autograd.grad(log_softmax, parameters, probe, create_graph=True)
+        gradient = torch.autograd.grad(log_softmax, parameters, probe, create_graph=True, materialize_grads=True)
     return log_softmax, probe, flatten(gradient), 1 / normalizer
 
 
@@ -217,7 +216,8 @@ def fisher_vector_product(factors, parameters, vector):
         with sdpa_kernel(SDPBackend.MATH):  # gradient checkpointing computes attention once more
             (jvp,) = torch.autograd.grad(gradient @ vector, probe, retain_graph=True)  # J v [n, V]
             jvp = log_softmax.detach().exp() * jvp * weight
-            product = product + flatten(torch.autograd.grad(log_softmax, parameters, jvp, retain_graph=True))
+            gradients = torch.autograd.grad(log_softmax, parameters, jvp, retain_graph=True, materialize_grads=True)
+            product = product + flatten(gradients)
     return common.total(product)
 
 
@@ -348,7 +348,7 @@ def main(args: Args) -> dict[str, float]:
             loss = policy_loss(logprobs, old, advantages[micro], mask, normalizer=tokens)
             loss.backward()
             stats["loss/policy"] += loss.detach()
-        gradient = -common.total(flatten([parameter.grad for parameter in parameters]))  # [n]
+        gradient = -common.total(flatten([torch.zeros_like(x) if x.grad is None else x.grad for x in parameters]))
         stats["grad_norm"] += float(torch.nn.utils.get_total_norm([gradient], error_if_nonfinite=True))
         model.zero_grad()
         if gradient.any():  # there is none where no completion was better than another
@@ -357,7 +357,7 @@ def main(args: Args) -> dict[str, float]:
             fisher_batch = (*prompts, completion_ids[some], completion_mask[some])
             tokens = common.total(completion_mask[some].sum()).clamp(min=1)
             factors = [
-                fisher_factors(model, inputs, temperature=args.temperature, normalizer=tokens)
+                fisher_factors(model, parameters, inputs, temperature=args.temperature, normalizer=tokens)
                 for _, inputs in common.micro_batches(fisher_batch, everything, args.micro_batch_size)
             ]
             fvp = partial(fisher_vector_product, factors, parameters)

@@ -142,8 +142,8 @@ common.py test_cases.py::test_a_demonstration_ends_behind_its_own_words_and_neve
 +.search(answer)
 C1: Leave-one-out leaves one out. (arXiv 2402.14740)
 reinforce.py test_exact.py::test_reinforce_in_expectation_over_all_groups
--b = (total - groups) / (count - 1)
-+b = total / count
+-b = (summed - groups) / (count - 1)
++b = summed / count
 C2: REINFORCE sums over tokens: no division by the length. (arXiv 2503.20783)
 reinforce.py test_exact.py::test_reinforce_in_expectation_over_all_groups
 -(advantages[:, None] * logprobs * completion_mask).sum()
@@ -244,7 +244,7 @@ common.py test_cases.py::test_a_warm_up_reaches_the_rate
 +left = min(1.0, step / max(1, args.warmup_steps)) * (args.num_steps + 1 - step) / args.num_steps
 E1: Sums of log-probs; means for IPO and SimPO. (open-instruct#483, trl#1265)
 dpo.py test_golden.py::test_dpo_losses
--if loss_type in ("ipo", "simpo") else total
+-if loss_type in ("ipo", "simpo") else summed
 +if loss_type in ("ipo", "simpo", "sigmoid") else total
 E2: At the reference the loss is log 2. (ETO#14)
 dpo.py test_dpo.py::test_loss_at_the_reference
@@ -264,7 +264,7 @@ dpo.py test_update.py::test_dpo
 +"logps/rejected": logps[:, 0]
 E6: Label smoothing does what it says or is refused. (trl#1035)
 dpo.py test_errors.py::test_bad_flags_are_refused_before_a_model_is_loaded
-- or (self.label_smoothing and not smoothed)
+- and self.loss_type in ("sigmoid", "robust")
 G1: An item weighs by its mean confidence, which no completion can lower for itself.
 grape.py test_grape.py::test_invariants
 -c = (known / count.clamp(min=1)).repeat_interleave(samples_per_prompt, 0)

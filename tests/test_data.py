@@ -7,6 +7,7 @@ import common
 import dpo
 import grpo
 import sft
+import trpo
 
 import pytest
 import torch
@@ -111,6 +112,7 @@ HH = "\n\nHuman: a\n\nAssistant:"
         ),
         ({"prompt": ASKED, "chosen": A, "rejected": B}, (ASKED, A, B)),
         ({"chosen": ASKED + A, "rejected": ASKED + B}, (ASKED, A, B)),
+        ({"chosen": ASKED + A, "rejected": ASKED + A}, (ASKED, A, A)),  # equal, which tokenize drops
         ({"prompt": ASKED, "chosen": ASKED + A, "rejected": ASKED + B}, (ASKED, A, B)),
         ({"prompt": "b", "chosen": [ASKED[2], *A], "rejected": [ASKED[2], *B]}, (ASKED[2:], A, B)),
         ({"chosen": f"{HH} I say A", "rejected": f"{HH} I say B"}, (HH, " I say A", " I say B")),
@@ -268,20 +270,19 @@ def test_a_mixture_of_experts_trains_as_a_plain_model(tmp_path, tokenizer):
     grpo.main(grpo.Args(model=str(folder), samples_per_prompt=2, output_dir=str(tmp_path / "run"), **SMALL))
 
 
-def test_a_model_that_sees_is_saved_with_its_processors_files(tmp_path, tokenizer):
+def test_a_model_that_sees_trains_on_texts_and_is_saved_with_its_processors_files(tmp_path, tokenizer):
     text = SIZES | {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}
     tokens = {"boi_token_index": 290, "eoi_token_index": 291, "image_token_index": 292, "mm_tokens_per_image": 4}
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, **tokens)
     folder = folder_of(tmp_path, tokenizer, transformers.Gemma3ForConditionalGeneration(config))
-    files = {
-        "preprocessor_config.json": '{"image_processor_type": "Gemma3ImageProcessor"}',
-        "processor_config.json": "{}",
-    }
+    files = {"preprocessor_config.json": '{"image_processor_type": "x"}', "processor_config.json": "{}"}
     for name, content in files.items():
         (folder / name).write_text(content)
     sft.main(sft.Args(model=str(folder), output_dir=str(tmp_path / "run"), **SMALL))
     saved = tmp_path / "run" / "model"
     assert {name: (saved / name).read_text() for name in files} == files
     assert load_file(saved / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    args = trpo.Args(model=str(folder), reward=("test_runs:draw",), output_dir=str(tmp_path / "trpo"), **SMALL)
+    assert trpo.main(args)["kl/predicted"] > 0  # the tower has no gradient, and is still

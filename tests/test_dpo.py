@@ -108,10 +108,7 @@ def test_held_out_pairs_are_measured_as_transformers_would(loss_type, tmp_path, 
     metrics = run(tmp_path, **data, loss_type=loss_type, learning_rate=3e-3)[-1]
     logps, ref = (sums_of_logps(path, rows) for path in (str(tmp_path / "run" / "model"), "models/arithmetic"))
     if loss_type == "simpo":
-        logps, ref = (
-            logps / torch.tensor([[17.0, 7.0]]),
-            torch.zeros(5, 2),
-        )  # per character, the tokens here, and the end
+        logps, ref = logps / torch.tensor([[17.0, 7.0]]), torch.zeros(5, 2)  # per character, a token here, and the end
     margins = {"sigmoid": 0.1, "simpo": 2.0}[loss_type] * (logps - ref).diff(dim=1).neg()
     assert metrics["eval/margin"] == pytest.approx(margins.mean().item(), abs=1e-3)
     assert metrics["eval/pairs"] == pytest.approx((margins > 0).float().mean().item())
@@ -165,6 +162,5 @@ def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path, capsys):
     data = {"data": write(tmp_path / "d.jsonl", rows), "eval_data": write(tmp_path / "e.jsonl", rows[:1])}
     run(tmp_path, **data, max_length=18)
     assert "dropped 3 of 5 pairs" in capsys.readouterr().out
-    (tmp_path / "none").mkdir()
     with pytest.raises(SystemExit, match="no row is left to train on"):
         run(tmp_path / "none", **data, max_length=10)

@@ -257,9 +257,9 @@ def test_fisher_vector_product_over_all_completions():
     jacobian = torch.stack([oracle.gradient(logp) for logp in oracle.logp])  # [M, n]
     expected = jacobian.T @ (oracle.p.detach() * (jacobian @ vector))
     settings = {"temperature": TEMPERATURE, "normalizer": 1.0}
-    *factor, weight = trpo.fisher_factors(oracle.model, oracle.batch(), **settings)
-    p = oracle.p.detach().repeat_interleave(oracle.lengths)[:, None]  # of each token's completion
     parameters = list(oracle.model.parameters())
+    *factor, weight = trpo.fisher_factors(oracle.model, parameters, oracle.batch(), **settings)
+    p = oracle.p.detach().repeat_interleave(oracle.lengths)[:, None]  # of each token's completion
     close(trpo.fisher_vector_product([(*factor, weight * p)], parameters, vector), expected)
     # and it is the Hessian of the completions' exact KL at the policy itself
     with sdpa_kernel(SDPBackend.MATH):

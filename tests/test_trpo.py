@@ -24,8 +24,9 @@ def random_vector(parameters, seed=0):
 
 def fvp_of(model, vector, temperature=0.7):
     of_chunk = {"temperature": temperature, "normalizer": MASK.sum()}
-    factors = [trpo.fisher_factors(model, chunk, **of_chunk) for *chunk, _ in CHUNKS]
-    return trpo.fisher_vector_product(factors, list(model.parameters()), vector)
+    parameters = list(model.parameters())
+    factors = [trpo.fisher_factors(model, parameters, chunk, **of_chunk) for *chunk, _ in CHUNKS]
+    return trpo.fisher_vector_product(factors, parameters, vector)
 
 
 def run(tmp_path, **settings):
