@@ -6,8 +6,8 @@ of the prompt (or the batch), the reward is a mean over those items that could b
 
     R_i = sum_k w_k c_k s_ik / sum_k w_k c_k
 
-Then A_i = (R_i - mean R) / std R over the G completions of a prompt, and the loss is that of grpo.py. A rubric of one
-item with confidence 1 is GRPO itself, to the last bit.
+Then A_i = (R_i - mean R) / (std R + 1e-4) over the G completions of a prompt, and the loss is that of grpo.py. A rubric
+of one item with confidence 1 is GRPO itself, to the last bit.
 
 Known of GRAPE, from public accounts of arXiv 2509.04501: rubrics by category in place of one reward model; items
 checked against the truth, or scored by a prompted critic that also gives a confidence; items weighted by average
@@ -189,7 +189,7 @@ def load_rubrics(paths, rows=()):
     rubrics = {}
     for path in paths:
         rubric = json.loads(Path(path).read_text(encoding="utf-8"))
-        category, items = rubric["category"], rubric["items"]
+        category, items = str(rubric["category"]), rubric["items"]
         for item in items:
             if ("verifier" in item) == ("question" in item) or not item["weight"] > 0:
                 raise SystemExit(f'--rubric {path}: {item} needs a "weight" above 0 and a "verifier" or a "question"')
@@ -245,7 +245,7 @@ def score_rubrics(rubrics, ask, rows, texts, ids=None, **scope):
     weights = torch.zeros(len(rows), len(names))  # [B, K]
     scores, confidences = torch.full((2, *weights.shape), math.nan)  # NaN where an item is of another category
     for category, items in rubrics.items():
-        members = [i for i, row in enumerate(rows) if len(rubrics) == 1 or row["category"] == category]
+        members = [i for i, row in enumerate(rows) if len(rubrics) == 1 or str(row["category"]) == category]
         own = [[column[i] for i in members] for column in (rows, texts, ids or [None] * len(rows))]
         for item in items if members else ():
             k = names.index(item["name"])
@@ -345,11 +345,11 @@ def main(args: Args) -> dict[str, float]:
         # 2. score
         texts, ids = common.decode(tokenizer, completion_ids, completion_mask, sampled_logprobs, step)
         ask = partial(ask_critic, critic, critic_tokenizer, batch_size=args.micro_batch_size)
-        with common.autocast(args):
-            rewards, components, confidences = score_rubrics(
-                rubrics, ask, [row for row in rows for _ in range(G)], texts, ids, samples_per_prompt=G,
-                confidence_scope=args.confidence_scope,
-            )  # fmt: skip
+        ask = common.autocast(args)(ask)  # verifiers run as they do elsewhere
+        rewards, components, confidences = score_rubrics(
+            rubrics, ask, [row for row in rows for _ in range(G)], texts, ids, samples_per_prompt=G,
+            confidence_scope=args.confidence_scope,
+        )  # fmt: skip
         rewards = rewards.to(model.device)  # [B], NaN where no reward could score
         completion_mask[rewards.isnan()] = 0.0  # unscored ones take no part in the update; lengths still has them
         batch = (*prompts, completion_ids, completion_mask)
@@ -368,7 +368,7 @@ def main(args: Args) -> dict[str, float]:
             minibatch_mask = completion_mask.view(len(rows), G, -1)[minibatch].flatten(0, 1)  # [n G, T]
             tokens = common.total(minibatch_mask.sum()).clamp(min=1)
             completions = common.total(minibatch_mask.any(1).sum()).clamp(min=1)
-            if on_policy and not args.beta:  # else the others count in kl/old and kl/ref
+            if on_policy and not args.beta:  # else tied groups count in kl/old, and the KL pulls at them
                 minibatch = common.without_ties(minibatch, advantages.view(-1, G))  # the others' gradient is 0
             for micro, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
                 mask = completion_mask[micro]  # [b, T]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import common
@@ -152,11 +153,11 @@ def test_each_category_has_its_rubric(tmp_path):
         "def length(prompts, completions, **columns):\n    return [len(c) / 10 for c in completions]\n"
     )
     paths = (
-        write_rubric(tmp_path, "a", [{"name": "one", "weight": 1, "verifier": "v.py:one"}], "a"),
-        write_rubric(tmp_path, "b", [{"name": "length", "weight": 1, "verifier": "v.py:length"}], "b"),
+        write_rubric(tmp_path, "a", [{"name": "one", "weight": 1, "verifier": "v.py:one"}], 0),
+        write_rubric(tmp_path, "b", [{"name": "length", "weight": 1, "verifier": "v.py:length"}], "1"),
     )
     rubrics = grape.load_rubrics(paths)
-    rows = [{"prompt": "p", "category": c} for c in "bbaabb"]
+    rows = [{"prompt": "p", "category": c} for c in (1, 1, 0, 0, 1, 1)]
     texts = ["x" * n for n in range(6)]
     scope = {"samples_per_prompt": 2, "confidence_scope": "batch"}
     got, components, confidences = grape.score_rubrics(rubrics, None, rows, texts, **scope)
@@ -164,8 +165,8 @@ def test_each_category_has_its_rubric(tmp_path):
     assert components["one"].isnan().tolist() == [True, True, False, False, True, True]
     assert confidences["length"].nan_to_num(-1).tolist() == [1, 1, -1, -1, 1, 1]
     data = tmp_path / "d.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"p{i}", "category": "ab?"[i % 3]}) + "\n" for i in range(30)))
-    with pytest.raises(SystemExit, match=r'--data: a "category" is \?, none of a, b'):
+    data.write_text("".join(json.dumps({"prompt": f"p{i}", "category": "01?"[i % 3]}) + "\n" for i in range(30)))
+    with pytest.raises(SystemExit, match=r'--data: a "category" is \?, none of 0, 1'):
         grape.main(grape.Args(data=str(data), rubric=paths, output_dir=str(tmp_path / "run")))
 
 
@@ -187,16 +188,24 @@ def test_questions_go_to_the_starting_model_or_to_the_critic(tmp_path, tokenizer
     tokenizer.save_pretrained(critic_folder)
     items = [{"name": "right", "weight": 1, "verifier": "exact_answer"}]
     items += [{"name": "clear", "weight": 1, "question": "Is it clear?"}]
-    path, asked, ask_critic = write_rubric(tmp_path, "r", items), [], grape.ask_critic
-    monkeypatch.setattr(grape, "ask_critic", lambda *a, **k: asked.append(a[0]) or ask_critic(*a, **k))
+    path, calls = write_rubric(tmp_path, "r", items), []
+
+    def spy(function, *settings, **more):
+        calls.append((function.__name__, torch.is_autocast_enabled("cpu"), settings[0]))
+        return function(*settings, **more)
+
+    for function in (grape.ask_critic, grape.call_verifier):
+        monkeypatch.setattr(grape, function.__name__, partial(spy, function))
     for critic in ("", critic_folder):
         args = grape.Args(rubric=(path,), num_steps=2, prompts_per_step=2, critic_model=critic, learning_rate=1e-2)
-        args.eval_prompts, args.micro_batch_size = 2, 3
-        args.output_dir = str(tmp_path / f"run{len(asked)}")
+        args.eval_prompts, args.micro_batch_size, args.dtype = 2, 3, "bfloat16"
+        args.output_dir = str(tmp_path / f"run{len(calls)}")
         metrics = grape.main(args)
         assert {"reward/right", "reward/clear", "confidence/right", "confidence/clear"} <= set(metrics)
         assert metrics["confidence/right"] == 1.0 and metrics["reward/mean"] == metrics["reward/mean"]
     assert 0 < metrics["confidence/clear"] < 0.1 and 0 < metrics["reward/clear"] < 1
+    assert {call[:2] for call in calls} == {("ask_critic", True), ("call_verifier", False)}  # as grpo.py calls a reward
+    asked = [critic for name, _, critic in calls if name == "ask_critic"]
     assert asked[0].config.model_type == "llama" and asked[-1].config.model_type == "qwen2"
     start = common.load_model("models/arithmetic", torch.device("cpu"))[0].state_dict()
     assert all((value == start[name]).all() for name, value in asked[0].state_dict().items())  # frozen
