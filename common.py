@@ -121,7 +121,7 @@ def sum_gradients(model) -> None:
 
 
 def load_model(path: str, device, args=None):
-    """A causal LM in float32 and its tokenizer, from a folder or a hub id; with the flags one that can be trained. It
+    """A causal LM in float32 and its tokenizer, from a folder or a hub id; with flags LoRA and checkpointing, too. It
     stays in eval mode: with dropout a completion's log-probs would not come out the same twice (arXiv 2403.17031)."""
     tokenizer, folders = transformers.AutoTokenizer.from_pretrained(path), [path]  # a model, then adapters
     while (file := Path(folders[0], "adapter_config.json")).exists():
@@ -222,7 +222,7 @@ def read_rows(source: str, columns: tuple[str, ...], prepare=None, splits=("trai
     else:
         import datasets
 
-        found = datasets.load_dataset(*source.split(":"))  # the id, a colon and its configuration
+        found = datasets.load_dataset(*([source] if Path(source).is_dir() else source.split(":")))  # id:configuration
         if not (split := [split for split in splits if split in found]):
             raise SystemExit(f"--eval-data {source}: has no split {' or '.join(splits)}; name other rows")
         text = json.dumps(found[split[0]].to_list(), default=str)  # None where a row has no such key
@@ -402,12 +402,13 @@ def decode(tokenizer, ids, mask, logprobs=None, step: int = 0) -> tuple[list[str
 
 
 def final_answer(text: str) -> str:
-    """What follows the last "####", or else is in the last \\boxed{} or <answer>, or else all; without <think>."""
+    """What is in the last \\boxed{} or <answer>, or follows "####", whichever comes last; else all; without <think>."""
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     tagged = re.findall(r"<answer>([^<]*(?:<(?!/?answer>)[^<]*)*)</answer>", text)
     boxed = re.findall(r"^\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", text[text.rfind("\\boxed") :])
     marked = re.findall(r"####[ \t]*([^\s#][^\n]*)", text)
-    return [text, *tagged, *boxed, *marked][-1].strip()
+    found = {"<answer>": tagged, "\\boxed": boxed, "####": marked}
+    return max(((text.rfind(mark), x[-1]) for mark, x in found.items() if x), default=(0, text))[1].strip()
 
 
 def to_number(text: str) -> Decimal | None:
@@ -507,7 +508,7 @@ class Run:
         self.done, self.stopping, self.start_time = 0, False, time.perf_counter()
         self.headline, self.samples, self.times, self.advice = [], "", {}, ADVICE.copy()
         transformers.set_seed(args.seed % 2**32)
-        self.dir.mkdir(parents=True, exist_ok=True)
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         own = {name: self.dir / f"{name}.jsonl" if RANK == 0 else os.devnull for name in ("metrics", "samples")}
         self.files = {name: open(path, "a", encoding="utf-8") for name, path in own.items()}  # noqa: SIM115
         if RANK > 0:
@@ -517,7 +518,7 @@ class Run:
 
             fcntl.lockf(self.files["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)
         if (self.model.exists() and not self.checkpoint.exists()) or (self.files["metrics"].tell() and not args.resume):
-            raise SystemExit(f"--output-dir {self.dir}: already holds a run; give another one, or --resume {self.dir}")
+            raise SystemExit(f"--output-dir {self.dir}: holds a run; give another one, or --resume from its checkpoint")
         (self.dir / "args.new").write_text(json.dumps(asdict(args), indent=2))
         os.replace(self.dir / "args.new", self.dir / "args.json")
 
@@ -634,11 +635,10 @@ class Run:
             return
         if RANK == 0:
             state = {"step": step, "seconds": time.perf_counter() - self.start_time, "parts": {}}
-            state["sizes"] = {name: file.tell() for name, file in self.files.items()}
+            state["sizes"] = {name: file.seek(0, os.SEEK_END) for name, file in self.files.items()}
             for name, (model, optimizer) in self.parts.items():
                 weights = {key: weight.data for key, weight in model.named_parameters() if weight.requires_grad}
                 state["parts"][name] = {"weights": weights, "moments": optimizer and optimizer.state_dict()}
-            self.checkpoint.parent.mkdir(exist_ok=True)
             with self.checkpoint.with_suffix(".new").open("wb") as file:
                 torch.save(state, file)
                 os.fsync(file.fileno())

@@ -78,7 +78,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(script, tmp_path, no_model):
         (file := tmp_path / kept / kept).parent.mkdir(parents=True)
         (own := tmp_path / kept / "args.json").write_text("its own\n")
         file.write_text("precious\n")
-        with pytest.raises(SystemExit, match="already holds a run; give another one, or --resume"):
+        with pytest.raises(SystemExit, match="holds a run; give another one, or --resume"):
             SCRIPTS[script].main(SCRIPTS[script].Args(output_dir=str(tmp_path / kept)))
         assert (file.read_text(), own.read_text()) == ("precious\n", "its own\n")
 
@@ -201,7 +201,7 @@ def test_what_a_resumed_run_may_change(tmp_path, monkeypatch):
     sft.main(sft.Args(resume=folder, micro_batch_size=1, device="cpu", num_steps=3))
     assert json.loads((tmp_path / "run" / "args.json").read_text())["num_steps"] == 3
     sft.main(sft.Args(**SMALL, save_every=0, output_dir=str(tmp_path / "done")))
-    with pytest.raises(SystemExit, match="already holds a run"):  # there is no checkpoint to go on from
+    with pytest.raises(SystemExit, match="holds a run"):  # there is no checkpoint to go on from
         sft.main(sft.Args(resume=str(tmp_path / "done"), num_steps=3))
 
 

@@ -55,6 +55,9 @@ def test_exact_answer_of_cases_from_public_reports():
         ("42", "<think>#### 42", 0),  # cut off in its thoughts
         ("42", "<think>41 or 42</think>so 41", 0),
         ("42", "#### 42\n####", 1),
+        ("42", "#### Step 1: Add\n37 + 5\n\nSo \\boxed{42}.", 1),  # a heading
+        ("42", "#### Answer\n<answer>42</answer>", 1),
+        ("42", "\\boxed{41}, no\n#### 42", 1),
         ("42", r"\boxed{42}, no, \boxed{4", 0),
         ("5", "x<=5", 0),
         ("6", "a=5,b=6", 0),
