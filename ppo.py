@@ -291,8 +291,8 @@ def main(args: Args) -> dict[str, float]:
         # 4. update: in each epoch one optimizer step on each minibatch of prompts
         optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * common.decay(args, step)
         value_optimizer.param_groups[0]["lr"] = args.value_learning_rate * common.decay(args, step)
-        stats = defaultdict(float)
-        for epoch in range(1, args.num_epochs + 1):  # in the end the number of passes  # noqa: B007
+        stats, updates = defaultdict(float), 0
+        for _ in range(args.num_epochs):
             for minibatch in minibatches:
                 tokens = common.total(completion_mask.view(len(rows), G, -1)[minibatch].sum()).clamp(min=1)
                 kl = 0.0  # r - 1 - log r estimates KL(pi_old || pi)
@@ -314,15 +314,16 @@ def main(args: Args) -> dict[str, float]:
                     stats["loss/value"] += loss_v.detach()
                     stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
                 stats["kl/old"] += kl
-                for one, own in ((value_model, value_optimizer), (model, optimizer)):
+                for key, one, own in ("grad_norm/value", value_model, value_optimizer), ("grad_norm", model, optimizer):
                     common.sum_gradients(one)
                     norm = torch.nn.utils.clip_grad_norm_(one.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+                    stats[key] += float(norm)
                     own.step()
                     own.zero_grad()
-                stats["grad_norm"] += float(norm)  # the policy's
+                updates += 1
             if args.target_kl and common.total(kl) > args.target_kl:  # of the epoch's last minibatch
                 break
-        stats = {name: value / (epoch * args.num_minibatches) for name, value in stats.items()}
+        stats = {name: value / updates for name, value in stats.items()}
         seconds = run.lap("update")
 
         # 5. log: numbers, parts of sums over all processes, and tensors whose mean is logged

@@ -353,7 +353,7 @@ def main(args: Args) -> dict[str, float]:
             minibatch_mask = loss_mask.view(len(rows), G, -1)[minibatch].flatten(0, 1)  # [n G, T]
             tokens = common.total(minibatch_mask.sum()).clamp(min=1)
             normalizer = common.total(loss_normalizer(minibatch_mask, args.loss_type, args.max_new_tokens)).clamp(min=1)
-            if on_policy and not args.beta:  # else the others count in kl/old and kl/ref
+            if on_policy and not args.beta:  # else tied groups count in kl/old, and the KL pulls at them
                 minibatch = common.without_ties(minibatch, advantages.view(-1, G))  # the others' gradient is 0
             for micro, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
                 mask = loss_mask[micro]  # [b, T]
