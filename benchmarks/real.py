@@ -8,8 +8,8 @@ python benchmarks/real.py --peer trl        with TRL's trainers beside ours; nee
 Makes the data (benchmarks/additions.py), warms the model up with sft.py on 64 demonstrations, and from that one start
 trains the other seven on other prompts. Two controls: sft.py on the same demonstrations for longer, and
 rejection_sampling.py on samples chosen without looking at the score. Finished runs are skipped; one that was cut off
-continues from its last checkpoint. In the end it writes table.md, completions.md and curves.png of all finished runs;
-docs/results.md shows what came out, and which settings are wrong on purpose.
+continues from its last checkpoint. In the end it writes table.md, completions.md and curves.png of all finished runs,
+and peers.png of TRL's; docs/results.md shows what came out, and which settings are wrong on purpose.
 """
 
 import json
@@ -54,18 +54,21 @@ RUNS = {  # name: script and flags, or another run and what it has besides; the 
     "dpo-2": "dpo --seed 2",
 }
 PEERS = [f"trl-{name}{seed}" for seed in ("", "-2") for name in ("sft", "dpo", "grpo", "reinforce")]  # by real_trl.py
-PANELS = {  # title: what along x, runs
-    "held-out accuracy, greedy": ("minutes", "sft random rejection_sampling reinforce grpo ppo trpo dpo grape"),
-    "by completions sampled": ("completions", "random rejection_sampling reinforce grpo ppo trpo grape"),
-    "wrong settings": ("steps", "grpo grpo-too-fast grpo-too-often dpo dpo-too-loose"),
-    "TRL's trainers, dashed": ("steps", "sft trl-sft reinforce trl-reinforce grpo trl-grpo dpo trl-dpo"),
+BOTH = "sft trl-sft reinforce trl-reinforce grpo trl-grpo dpo trl-dpo"
+PICTURES = {  # file: title: what along x, runs
+    "curves.png": {
+        "held-out accuracy, greedy": ("minutes", "sft random rejection_sampling reinforce grpo ppo trpo dpo grape"),
+        "by completions sampled": ("completions", "random rejection_sampling reinforce grpo ppo trpo grape"),
+        "wrong settings": ("steps", "grpo grpo-too-fast grpo-too-often dpo dpo-too-loose"),
+    },
+    "peers.png": {"held-out accuracy; dashed: TRL": ("steps", BOTH), "by minutes": ("minutes", BOTH)},
 }
 
 
 @dataclass
 class Args:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # folder or hub id
-    output_dir: Path = Path("runs/real")  # for data, runs, table.md, completions.md and curves.png; of one setting each
+    output_dir: Path = Path("runs/real")  # for data, runs, tables and pictures; of one setting each
     num_steps: int = 30  # steps of each run after the warm-up; of sft.py three times as many, as its steps are short
     only: tuple[str, ...] = ()  # names of runs; all of them without it
     peer: Literal["none", "trl"] = "none"  # also the same work by TRL's trainers, "trl-grpo" and the like
@@ -142,15 +145,15 @@ def completions(out: Path, names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(out: Path, names: list[str]) -> None:
+def draw(out: Path, names: list[str], file: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {title: panel for title, panel in PANELS.items() if "TRL" not in title or {*PEERS} & {*names}}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 4.2), constrained_layout=True)
     styles = {"random": ":", "grpo-too-fast": "--", "grpo-too-often": ":", "dpo-too-loose": "--"}
+    panels = PICTURES[file]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 4.2), constrained_layout=True)
     for axis, (title, (unit, runs)) in zip(axes, panels.items()):
         for name in [name for name in runs.split() if name in names]:
             rows = read(out / name / "metrics.jsonl")
@@ -162,7 +165,7 @@ def draw(out: Path, names: list[str]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
-    figure.savefig(out / "curves.png", dpi=110)
+    figure.savefig(out / file, dpi=110)
 
 
 def main(args: Args) -> None:
@@ -217,7 +220,8 @@ def main(args: Args) -> None:
     (out / "table.md").write_text(table(out, names, problems), encoding="utf-8")
     (out / "completions.md").write_text(completions(out, names), encoding="utf-8")
     print((out / "table.md").read_text(encoding="utf-8"))
-    draw(out, names)
+    for file in PICTURES if {*PEERS} & {*names} else ("curves.png",):
+        draw(out, names, file)
     if failed:
         raise SystemExit("\n".join(failed))
 
