@@ -115,9 +115,8 @@ def gather(items: list) -> list:
 
 def sum_gradients(model) -> None:
     """Add up the gradients of all processes: each has the whole model, and divides its losses by what all have."""
-    for parameter in model.parameters() if WORLD_SIZE > 1 else ():
-        if parameter.requires_grad:
-            parameter.grad = total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    for weight in [weight for weight in model.parameters() if weight.requires_grad and WORLD_SIZE > 1]:
+        weight.grad = total(torch.zeros_like(weight) if weight.grad is None else weight.grad)
 
 
 def load_model(path: str, device, args=None):
@@ -508,7 +507,7 @@ class Run:
         self.done, self.stopping, self.start_time = 0, False, time.perf_counter()
         self.headline, self.samples, self.times, self.advice = [], "", {}, ADVICE.copy()
         transformers.set_seed(args.seed % 2**32)
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        self.dir.mkdir(parents=True, exist_ok=True)
         own = {name: self.dir / f"{name}.jsonl" if RANK == 0 else os.devnull for name in ("metrics", "samples")}
         self.files = {name: open(path, "a", encoding="utf-8") for name, path in own.items()}  # noqa: SIM115
         if RANK > 0:
@@ -639,6 +638,7 @@ class Run:
             for name, (model, optimizer) in self.parts.items():
                 weights = {key: weight.data for key, weight in model.named_parameters() if weight.requires_grad}
                 state["parts"][name] = {"weights": weights, "moments": optimizer and optimizer.state_dict()}
+            self.checkpoint.parent.mkdir(exist_ok=True)
             with self.checkpoint.with_suffix(".new").open("wb") as file:
                 torch.save(state, file)
                 os.fsync(file.fileno())
