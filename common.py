@@ -120,7 +120,7 @@ def sum_gradients(model) -> None:
 
 
 def load_model(path: str, device, args=None):
-    """A causal LM in float32 and its tokenizer, from a folder or a hub id; with flags LoRA and checkpointing, too. It
+    """A causal LM in float32 and its tokenizer, from a folder or a hub id; given args, with LoRA and checkpointing. It
     stays in eval mode: with dropout a completion's log-probs would not come out the same twice (arXiv 2403.17031)."""
     tokenizer, folders = transformers.AutoTokenizer.from_pretrained(path), [path]  # a model, then adapters
     while (file := Path(folders[0], "adapter_config.json")).exists():

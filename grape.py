@@ -345,7 +345,7 @@ def main(args: Args) -> dict[str, float]:
         # 2. score
         texts, ids = common.decode(tokenizer, completion_ids, completion_mask, sampled_logprobs, step)
         ask = partial(ask_critic, critic, critic_tokenizer, batch_size=args.micro_batch_size)
-        ask = common.autocast(args)(ask)  # verifiers run as they do elsewhere
+        ask = common.autocast(args)(ask)  # the critic's pass alone: verifiers run without it, as rewards do
         rewards, components, confidences = score_rubrics(
             rubrics, ask, [row for row in rows for _ in range(G)], texts, ids, samples_per_prompt=G,
             confidence_scope=args.confidence_scope,

@@ -351,7 +351,7 @@ def main(args: Args) -> dict[str, float]:
         gradient = -common.total(flatten([torch.zeros_like(x) if x.grad is None else x.grad for x in parameters]))
         stats["grad_norm"] += float(torch.nn.utils.get_total_norm([gradient], error_if_nonfinite=True))
         model.zero_grad()
-        if gradient.any():  # there is none where no completion was better than another
+        if gradient.any():  # [n]; there is none where no completion was better than another
             old_model.load_state_dict(model.state_dict())
             some = torch.arange(len(lengths), device=model.device) % G < args.fisher_samples
             fisher_batch = (*prompts, completion_ids[some], completion_mask[some])
