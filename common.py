@@ -21,6 +21,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 # Threads spin while they wait for each other, which starves them once a core has other work: docs/speed.md
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -33,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # transformers before 5.24 do not know `cache`
@@ -51,7 +53,7 @@ SHOWN = {  # figures of a step that the terminal shows, and their labels
     "kl/ref": "kl", "completion/length": "length", "completion/truncated": "cut off",
 }  # fmt: skip
 ADVICE = {  # said once, when one of these metrics is 1
-    "unscored": "no reward could score any completion, so nothing is learned of them; look into samples.jsonl",
+    "unscored": "no reward could score any completion, so nothing is learned from this step; look into samples.jsonl",
     "completion/truncated": "every completion was cut off; raise --max-new-tokens, or the model never ends",
     "eval/truncated": "every held-out completion was cut off; raise --max-new-tokens, or the model never ends",
     "group/zero_std": "each prompt's completions scored alike: easier or harder prompts, or more --samples-per-prompt",
@@ -87,18 +89,18 @@ def check_args(args):
 
 
 def autocast(args) -> torch.autocast:
-    """Of forward passes. Parameters stay float32: AdamW on bfloat16 ones loses RL-sized steps (NVIDIA-NeMo/RL#2322)."""
+    """For forward passes. Weights stay float32: AdamW on bfloat16 ones loses RL-sized steps (NVIDIA-NeMo/RL#2322)."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def decay(args, step: int) -> float:
-    """The part of the learning rate that a step has: up to 1 in --warmup-steps, then down to 0, or constant."""
+    """Factor of a step's learning rate: rises to 1 over --warmup-steps, then falls linearly towards 0, or stays."""
     left = (args.num_steps + 1 - step) / max(1, args.num_steps - args.warmup_steps)
     return min(1.0, step / max(1, args.warmup_steps), left if args.lr_schedule == "linear" else 1.0)
 
 
 def total(value: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
-    """The sum of a tensor over all processes, or what the op is."""
+    """The sum of a tensor over all processes; op names another reduction."""
     value = value.clone()
     if WORLD_SIZE > 1:
         dist.all_reduce(value, op)
@@ -163,8 +165,8 @@ def load_model(path: str, device, args=None):
             own = logits_of(model, model.base_model(input_ids=ids).last_hidden_state[rows, -1:])
             cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
             cache.reorder_cache(rows)
-            inputs = {"input_ids": ids[rows, 2:], "attention_mask": torch.ones_like(ids[rows])}
-            read = model(**inputs, past_key_values=cache).logits
+            mask = torch.ones_like(ids[rows])
+            read = model(input_ids=ids[rows, 2:], attention_mask=mask, past_key_values=cache).logits
         torch.testing.assert_close(read, own, rtol=1e-3, atol=1e-3 * float(own.abs().max()))
     except (AttributeError, RuntimeError, AssertionError) as error:
         raise SystemExit(f"{path}: its KV cache, or common.logits_of, makes other logits; not supported") from error
@@ -178,14 +180,12 @@ def load_model(path: str, device, args=None):
         # an alpha that does not grow with the rank lets one learning rate fit all ranks (thinkingmachines.ai/blog/lora)
         lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         model.adapters = (peft.get_peft_model(model, lora),)  # freezes all else (arXiv 2106.09685); no submodule
-        if args.dtype == "bfloat16":  # autocast would cast what is frozen anew in each pass
+        if args.dtype == "bfloat16" and len(folders) == 1:  # once, not in each pass; finish() merges in float32
             for module in [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]:
                 module.to(torch.bfloat16)
             head = model.get_output_embeddings()  # a copy, as the embedding that may share its weight stays float32
             head.weight = torch.nn.Parameter(head.weight.to(torch.bfloat16), requires_grad=False)
     if args and args.gradient_checkpointing:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
         model.shares_prompts = False  # the cache would be written twice
         for block in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -333,8 +333,8 @@ def completion_tokens(tokenizer, row: dict, completion: str | list[dict], stop_i
     end = answer.find(words) + len(words)
     behind = re.compile("|".join(map(re.escape, sorted(stops, key=len, reverse=True)))).search(answer, end)
     end, stop = (behind.start(), behind.group()) if behind else (len(answer), tokenizer.eos_token)
-    # tokens behind the prompt's; where the two would merge those behind a line break, not behind nothing, as some
-    # tokenizers put a space before a text (huggingface/trl#2209)
+    # the tokens after the prompt's; where the two would merge, those after a line break; where that merges, too, those
+    # of the answer alone: some tokenizers put a space before a text (huggingface/trl#2209)
     for before in (start, "\n", ""):
         head, ids = (tokenizer(x, add_special_tokens=False).input_ids for x in (before, before + answer[:end]))
         if ids[: len(head)] == head:
@@ -373,7 +373,7 @@ def collate(prompts: list[list[int]], completions: list[list[int]], device) -> t
 
 
 def micro_batches(batch: tuple[torch.Tensor, ...], prompts: torch.Tensor, size: int):
-    """For some prompts [n] of a batch: rows [b] of their completions, and token_logprobs' inputs, of similar lengths.
+    """For some prompts [n] of a batch, by length: rows [b] of their completions, and the inputs of token_logprobs.
     A micro-batch is as many whole prompts as have up to `size` completions, or else a slice of one prompt's."""
     prompt_ids, prompt_mask, completion_ids, completion_mask = batch
     G, prompts = len(completion_ids) // len(prompt_ids), prompts.to(prompt_ids.device)
@@ -386,15 +386,14 @@ def micro_batches(batch: tuple[torch.Tensor, ...], prompts: torch.Tensor, size: 
 
 
 def without_ties(prompts: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """Those of the prompts [n] whose advantages, of [N, G], are not all 0; the others have no policy gradient. One at
-    least, so that each process has the same metrics."""
+    """Those of the prompts [n] whose advantages, of [N, G], are not all 0; the others have no policy gradient."""
     tied = (advantages.cpu()[prompts.cpu()] == 0).all(1)
-    return prompts[:1] if tied.all() else prompts[~tied]
+    return prompts[:1] if tied.all() else prompts[~tied]  # one at least: each process has the same metrics
 
 
 def decode(tokenizer, ids, mask, logprobs=None, step: int = 0) -> tuple[list[str], list[list[int]]]:
     """What the mask keeps of each row of a rollout: texts without special tokens, and ids."""
-    if logprobs is not None and not logprobs.isfinite().all():  # of NaN the sampler draws the vocabulary's last token
+    if logprobs is not None and not logprobs.isfinite().all():  # of NaN the sampler draws the last token id
         raise FloatingPointError(f"step {step}: logits that are not finite, in the rollout or the evaluation")
     kept = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu() > 0)]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in kept], kept
@@ -430,7 +429,7 @@ def exact_answer(completions: list, **columns: list) -> list[float | None]:
         wanted, said = final_answer("" if truth is None else str(truth)), final_answer(text_of(completion))
         number, right = to_number(wanted), said.rstrip(".") == wanted.rstrip(".")
         if number is not None:
-            parts = re.split(r"\bis:?\s|[A-Za-z*]:\s|^[^A-Za-z<>=]*=", said.rpartition("\n")[2])
+            parts = re.split(r"\bis:?\s|[A-Za-z*]:\s|^[^A-Za-z<>=]*(?<![!/~])=", said.rpartition("\n")[2])
             right = len(parts) < 3 and to_number(parts[-1]) == number
         prose = names[0] != "answer" and wanted == str(truth).strip() and len(wanted.split()) > 3  # a demonstration's
         scores.append(float(right) if wanted and truth == truth and not prose else None)  # NaN is unequal to itself
@@ -444,15 +443,15 @@ def load_function(name: str, folder: str | Path = ""):
         if module.endswith(".py"):
             file = Path(folder, module).resolve()
             sys.path.insert(0, str(file.parent))  # its neighbours are found, as by a script
-            found = runpy.run_path(str(file))
+            found = SimpleNamespace(**runpy.run_path(str(file)))
         else:
-            found = vars(pkgutil.resolve_name(module or __name__))
+            found = pkgutil.resolve_name(module or __name__)
     except SystemExit as error:  # of an exit(), which would end the run as if all were well
         raise RuntimeError(f"{module} called exit({error.code!r})") from error
-    if function not in found:
-        nearest = difflib.get_close_matches(function, found, 1, 0.0)[0]
+    if not hasattr(found, function):  # not vars(): trl.rewards loads a name when it is asked for
+        nearest = difflib.get_close_matches(function, dir(found), 1, 0.0)[0]
         raise SystemExit(f"{name}: not found; the nearest is {nearest}; give exact_answer or file.py:function")
-    return found[function]
+    return getattr(found, function)
 
 
 def call_reward(name: str, function, rows: list[dict], texts: list[str], ids=None) -> list:
@@ -472,12 +471,13 @@ def call_reward(name: str, function, rows: list[dict], texts: list[str], ids=Non
     return values
 
 
-def load_reward(names: tuple[str, ...], weights: tuple[float, ...]):
+def load_reward(names: tuple[str, ...], weights: tuple[float, ...] = ()):
     """score(rows, texts, completion_ids) -> rewards [B], the weighted sums of the rewards, {name: values [B]}. None,
     for a completion that a reward cannot score, counts for nothing; where none could, the sum is NaN."""
     functions = {name.rpartition(":")[2]: load_function(name) for name in names}
-    if not names or len(functions) < len(names) or len(weights) not in (0, len(names)):
-        raise SystemExit(f"--reward {names}: needs rewards of different names, and --reward-weights one for each")
+    ours = ("mean", "loss", "pairs", "margin", "truncated", "step", "phase", "prompt", "completion")  # logged, too
+    if not names or len(functions.keys() - ours) < len(names) or len(weights) not in (0, len(names)):
+        raise SystemExit(f"--reward {names}: needs different names, none of {ours}, and as many --reward-weights")
 
     def score(rows: list[dict], texts: list[str], ids=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         components = {}
@@ -487,7 +487,7 @@ def load_reward(names: tuple[str, ...], weights: tuple[float, ...]):
                 raise SystemExit(f"reward {name}: returned {bad[0]!r}, not a finite number, nor None for no score")
             components[name] = torch.tensor([math.nan if value is None else float(value) for value in values])
         values = torch.stack(list(components.values()))  # [rewards, B]
-        rewards = torch.tensor(weights or [1.0] * len(names)) @ values.nan_to_num()
+        rewards = sum(weight * scores for weight, scores in zip(weights or [1.0] * len(names), values.nan_to_num()))
         return rewards.where(~values.isnan().all(0), math.nan), components
 
     return score
@@ -522,8 +522,7 @@ class Run:
         os.replace(self.dir / "args.new", self.dir / "args.json")
 
     def start(self, rows: list, held_out: list, **parts) -> None:
-        """Say what is trained on which rows, and load the checkpoint of --resume, if any, into the parts: pairs of a
-        model and its optimizer."""
+        """Say what is trained on what; load the checkpoint of --resume into the parts, pairs of model and optimizer."""
         self.parts, sizes, args = parts, dict.fromkeys(self.files, 0), self.args
         weights, count = list(parts["model"][0].parameters()), sum(gather([len(held_out)]))
         whole = sum(weight.numel() for weight in weights) / 1e6
@@ -589,7 +588,8 @@ class Run:
         counts = [(~value.isnan()).sum() if value.ndim else 1 / WORLD_SIZE for value in tensors.values()]  # 1 in all
         sums, counts = (total(torch.tensor(x, dtype=torch.float64)) for x in (sums, counts))
         metrics = metrics | dict(zip(tensors, (sums / counts).tolist())) | self.times
-        metrics |= {"memory/peak": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {}
+        if self.args.device.startswith("cuda"):
+            metrics["memory/peak"] = torch.cuda.max_memory_allocated(self.args.device) / 1e9
         self.write("metrics", {"step": step, "time/total": time.perf_counter() - self.start_time} | metrics)
         if self.args.track == "wandb" and RANK == 0:
             sys.modules["wandb"].log(metrics, step=step)
@@ -655,9 +655,6 @@ class Run:
         if RANK == 0:
             tokenizer.save_pretrained(part)
             if adapted and Path(self.args.model, "adapter_config.json").exists():  # peft would load only one of the two
-                own = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
-                model = load_model(self.args.model, "cpu", replace(self.args, dtype="float32"))[0]
-                model.load_state_dict(own, strict=False)
                 adapted, model = False, model.adapters[0].merge_and_unload()
             if adapted:
                 model.adapters[0].save_pretrained(part, save_embedding_layers=False)

@@ -1,18 +1,18 @@
 """Direct preference optimisation (DPO): raise chosen completions over rejected ones, relative to the starting model.
 
-Loss, its mean over pairs; h = log pi / pi_ref of a completion, h_w of the chosen one, h_l of the other, m = h_w - h_l:
+Loss, averaged over pairs; h = log(pi / pi_ref) of a completion, h_w of the chosen, h_l of the rejected, m = h_w - h_l:
 
     sigmoid   L = -log sigmoid(beta m)                                            arXiv 2305.18290, eq. 7
-    ipo       L = (m - 1 / (2 beta))^2, h per token                               arXiv 2310.12036, eq. 17
+    ipo       L = (m - 1 / (2 beta))^2, h per token as in TRL, not in eq. 17      arXiv 2310.12036, eq. 17
     hinge     L = max(0, 1 - beta m)                                              arXiv 2309.06657
     robust    L = (-(1 - e) log sigmoid(beta m) + e log sigmoid(-beta m)) / (1 - 2 e)   arXiv 2403.00409
-    sppo      L = (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2                 arXiv 2405.00675
+    sppo      L = (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2, TRL's hard     arXiv 2405.00675
     simpo     L = -log sigmoid(beta (log pi_w - log pi_l) - gamma), per token     arXiv 2405.14734
 
-e is the label smoothing, the share of pairs thought to be the wrong way round. sigmoid with it is conservative DPO,
-(1 - e) of a pair's loss and e of the reversed pair's; robust has it as above; the others define none and refuse it.
+e is the label smoothing, the share of pairs thought to be the wrong way round. With it sigmoid is conservative DPO:
+(1 - e) times a pair's loss plus e times that of the swapped pair. All but sigmoid and robust refuse it.
 A chosen completion may well lose probability on the way, as only the margin is optimised: --sft-weight, of a term
--log pi_w per token (arXiv 2404.19733), acts against it. pi_ref is the starting model. Source: arXiv 2509.04501, on DPO.
+-log pi_w per token (arXiv 2404.19733), acts against it. pi_ref is the starting model. Exposition: arXiv 2509.04501.
 
     python dpo.py
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import common  # first: it sets how OpenMP's threads wait
+import common  # before torch: it sets how OpenMP's threads wait
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,6 @@ class Args:
     data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
     reward: tuple[str, ...] = ("exact_answer",)  # names, or file.py:function; all are evaluated, the first is shown
-    reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
     num_steps: int = 200  # steps; each takes the next batch of prompts
     prompts_per_step: int = 64  # prompts in a step
     micro_batch_size: int = 128  # completions in one forward and backward pass: sets the memory, not the result
@@ -91,9 +90,9 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
     logprobs = torch.zeros_like(completion_mask)
     truncated = torch.ones_like(alive, dtype=torch.bool)
-    token, mask, cache = prompt_ids, prompt_mask, None  # token: what the next pass reads, first the whole prompts
+    token, mask, cache = prompt_ids, prompt_mask, None  # token: input of the next pass, at first the prompts
     for t in range(max_new_tokens):
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # 0 for padding, which is masked
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         log_softmax = (output.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [N, V], then [alive, V]
@@ -103,7 +102,7 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
         if temperature > 0:  # by one random number a row; torch.multinomial draws V of them, which takes longer
             cdf = log_softmax.exp().cumsum(-1, dtype=torch.float32 if mask.device.type == "mps" else torch.float64)
             token = torch.searchsorted(cdf, torch.rand_like(cdf[:, -1:]) * cdf[:, -1:], right=True)  # [b, 1]
-            token = token.clamp(max=cdf.shape[1] - 1)  # where rounding drew the total itself
+            token = token.clamp(max=cdf.shape[1] - 1)  # rounding may draw the total itself
         else:
             token = log_softmax.argmax(-1, keepdim=True)
         completion_ids[alive, t] = token[:, 0]
@@ -121,10 +120,10 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
 
 
 def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask):
-    """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
-    head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
+    """Hidden states [b, longest, H] that predict the completions' tokens, by model.trunk, the model without its head.
+    The G completions of a prompt share one pass over it: each goes on from a copy of its KV cache, with gradients."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
+    read = max(1, longest - 1)  # nothing follows the last token; but a pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -144,7 +143,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
+    Logits are computed for completion tokens only, in chunks of 2**24 (GPU: 2**26); at most four chunks are kept.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -155,14 +154,14 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
+    if len(targets) > 4 * size:  # too many to keep: the backward pass computes each chunk's again
         of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
 
 
 def to_pair(row):
-    """A row with a prompt, which chosen and rejected may begin with instead, and one answer of the assistant each."""
+    """The row with a prompt of its own, which chosen and rejected may begin with; they keep one assistant turn each."""
     chosen, rejected, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt")
     if not chosen or not rejected:
         return row
@@ -171,13 +170,13 @@ def to_pair(row):
         shared = "".join(shared)
         prompt = prompt or "".join(shared.rpartition("\n\nAssistant:")[:2])  # as in hh-rlhf
     else:
-        prompt = prompt or shared[: min(len(chosen), len(rejected)) - 1]  # the answers may be the same, too
+        prompt = prompt or shared[: min(len(chosen), len(rejected)) - 1]  # the answers may be equal, too
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if shared[: len(prompt)] == prompt and not (isinstance(prompt, str) and prompt.isalnum()):  # one word is chance
+    if shared[: len(prompt)] == prompt and not (isinstance(prompt, str) and prompt.isalnum()):  # one word: by chance
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for answer in (chosen, rejected):
         if ("\n\nHuman:" in answer) if isinstance(answer, str) else [turn["role"] for turn in answer] != ["assistant"]:
-            raise ValueError(f'not one answer of the assistant to "prompt": {answer!r:.60}; move turns before it there')
+            raise ValueError(f'not one assistant turn: {answer!r:.60}; the turns before it belong in "prompt"')
     return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -274,7 +273,7 @@ def main(args: Args) -> dict[str, float]:
         args = replace(args, beta={"sppo": 0.001, "simpo": 2.0}.get(args.loss_type, 0.1))
     columns = ("prompt", "chosen", "rejected")
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns, to_pair)
-    score = common.load_reward(args.reward, args.reward_weights)
+    score = common.load_reward(args.reward)
     run = common.Run(args)
     model, tokenizer = common.load_model(args.model, args.device, args)
     common.check_prompts(model, tokenizer, eval_rows, args.max_new_tokens)
@@ -321,7 +320,7 @@ def main(args: Args) -> dict[str, float]:
         optimizer.zero_grad()
         seconds = run.lap("update")
 
-        # 3. log: numbers, parts of sums over all processes, and tensors whose mean is logged
+        # 3. log: numbers as they are, 0-dim tensors summed over all processes, others averaged
         chosen_rewards, rejected_rewards = (args.beta * (logps - ref_logps)).unbind(1)  # [N], the implicit ones
         metrics = stats | {
             "reward/chosen": chosen_rewards,

@@ -1,4 +1,4 @@
-"""GRAPE: the reward of a completion is a rubric of its prompt's category, each item weighted by how sure its critic is.
+"""GRAPE: score completions by a rubric for their prompt's category, each item weighted by how sure its critic is.
 
 A rubric has items k with weights w_k: verifiers, functions that check a completion, and questions to a critic model. An
 item gives completion i a score s_ik and a confidence p_ik, from 0 to 1. With c_k, the mean of p_ik over the completions
@@ -9,8 +9,8 @@ of the prompt (or the batch), the reward is a mean over those items that could b
 Then A_i = (R_i - mean R) / (std R + 1e-4) over the G completions of a prompt, and the loss is that of grpo.py. A rubric
 of one item with confidence 1 is GRPO itself, to the last bit.
 
-Known of GRAPE, from public accounts of arXiv 2509.04501: rubrics by category in place of one reward model; items
-checked against the truth, or scored by a prompted critic that also gives a confidence; items weighted by average
+We had public accounts of arXiv 2509.04501, not its text. They report: rubrics by category in place of one reward model;
+items checked against the truth, or scored by a prompted critic that also gives a confidence; items weighted by average
 confidence; the advantage relative to the other completions of the prompt; PPO's clipped update; GRPO as the case of one
 item. Our reconstruction: the formula, its scope; that a verifier has confidence 1, an item without a score is left out;
 the loss's settings; how a critic is read: score p(yes) / (p(yes) + p(no)), confidence |p(yes) - p(no)|.
@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import common  # first: it sets how OpenMP's threads wait
+import common  # before torch: it sets how OpenMP's threads wait
 
 import torch
 import tyro
@@ -47,7 +47,6 @@ class Args:
     data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
     reward: tuple[str, ...] = ("exact_answer",)  # names, or file.py:function; all are evaluated, the first is shown
-    reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
     num_steps: int = 150  # steps; each takes the next batch of prompts
     prompts_per_step: int = 16  # prompts in a step
     samples_per_prompt: int = 8  # completions of each prompt
@@ -75,7 +74,7 @@ class Args:
     num_minibatches: int = 1  # optimizer steps in a pass
     clip_low: float = 0.2  # the ratio is clipped below at 1 - clip_low
     clip_high: float = 0.2  # the ratio is clipped above at 1 + clip_high
-    scale: Literal["std", "none"] = "std"  # whether a group's advantages are divided by its standard deviation
+    scale: Literal["std", "none"] = "std"  # divisor of a group's advantages: their std, or none
     beta: float = 0.04  # weight of the KL to the starting model in the loss; 0 loads no second model
     rubric: tuple[str, ...] = ("examples/rubrics/arithmetic.json",)  # rubric files, one for each category of prompts
     critic_model: str = ""  # folder or hub id of the model that answers questions; the starting model without it
@@ -103,9 +102,9 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
     logprobs = torch.zeros_like(completion_mask)
     truncated = torch.ones_like(alive, dtype=torch.bool)
-    token, mask, cache = prompt_ids, prompt_mask, None  # token: what the next pass reads, first the whole prompts
+    token, mask, cache = prompt_ids, prompt_mask, None  # token: input of the next pass, at first the prompts
     for t in range(max_new_tokens):
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # 0 for padding, which is masked
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         log_softmax = (output.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [N, V], then [alive, V]
@@ -115,7 +114,7 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
         if temperature > 0:  # by one random number a row; torch.multinomial draws V of them, which takes longer
             cdf = log_softmax.exp().cumsum(-1, dtype=torch.float32 if mask.device.type == "mps" else torch.float64)
             token = torch.searchsorted(cdf, torch.rand_like(cdf[:, -1:]) * cdf[:, -1:], right=True)  # [b, 1]
-            token = token.clamp(max=cdf.shape[1] - 1)  # where rounding drew the total itself
+            token = token.clamp(max=cdf.shape[1] - 1)  # rounding may draw the total itself
         else:
             token = log_softmax.argmax(-1, keepdim=True)
         completion_ids[alive, t] = token[:, 0]
@@ -133,10 +132,10 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
 
 
 def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask):
-    """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
-    head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
+    """Hidden states [b, longest, H] that predict the completions' tokens, by model.trunk, the model without its head.
+    The G completions of a prompt share one pass over it: each goes on from a copy of its KV cache, with gradients."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
+    read = max(1, longest - 1)  # nothing follows the last token; but a pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -156,7 +155,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
+    Logits are computed for completion tokens only, in chunks of 2**24 (GPU: 2**26); at most four chunks are kept.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -167,7 +166,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
+    if len(targets) > 4 * size:  # too many to keep: the backward pass computes each chunk's again
         of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
@@ -175,7 +174,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
 @torch.no_grad()
 def batch_logprobs(model, batch, minibatches, args):
-    """token_logprobs [B, T], in the update's micro-batches, as in bfloat16 a row's log-probs depend on its batch."""
+    """token_logprobs [B, T] in the update's micro-batches: in bfloat16 a row's log-probs depend on its batch."""
     logprobs = torch.zeros_like(batch[3])
     for minibatch in minibatches:
         for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
@@ -195,8 +194,9 @@ def load_rubrics(paths, rows=()):
                 raise SystemExit(f'--rubric {path}: {item} needs a "weight" above 0 and a "verifier" or a "question"')
             if "verifier" in item:
                 item["verifier"] = common.load_function(item["verifier"], Path(path).parent)
-        if category in rubrics or len({item["name"] for item in items}) < max(1, len(items)):
-            raise SystemExit(f"--rubric {path}: no items, two of one name, or a second rubric of its category")
+        names = {item["name"] for item in items} - {"mean"}  # reward/mean is the rubric's
+        if category in rubrics or len(names) < max(1, len(items)):
+            raise SystemExit(f"--rubric {path}: no items, two of a name, one called mean, or a second of its category")
         rubrics[category] = items
     if len(rubrics) > 1 and (other := {str(row.get("category")) for row in rows} - rubrics.keys()):
         raise SystemExit(f'--data: a "category" is {min(other)}, none of {", ".join(rubrics)}')
@@ -214,9 +214,9 @@ def ask_critic(critic, tokenizer, question, rows, completions, *, batch_size):
     for row, completion in zip(rows, completions):
         text = CRITIC_PROMPT.format(prompt=common.text_of(row["prompt"]), completion=completion, question=question)
         message = [{"role": "user", "content": text}] if tokenizer.chat_template else text
-        row = {"prompt": message, "chat_template_kwargs": row.get("chat_template_kwargs")}
-        asked.append((tuple(common.prompt_tokens(tokenizer, row)), row))
-    readable, answers = [one for one in dict(asked).items() if len(one[0]) <= critic.context_length], {}  # each once
+        asked_row = {"prompt": message, "chat_template_kwargs": row.get("chat_template_kwargs")}
+        asked.append((tuple(common.prompt_tokens(tokenizer, asked_row)), asked_row))
+    readable, answers = [x for x in dict(asked).items() if len(x[0]) <= critic.context_length], {}  # equal ones once
     for start in range(0, len(readable), batch_size):
         batch = dict(readable[start : start + batch_size])
         input_ids, mask = common.prompt_batch(tokenizer, batch.values(), critic.device)
@@ -297,7 +297,7 @@ def policy_loss(
 
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
-    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
+    """{eval/<name>: values [n]}: each reward of greedy completions of held-out prompts."""
     answers = []
     with common.autocast(args):
         for batch in common.eval_batches(rows, args):
@@ -315,7 +315,7 @@ def main(args: Args) -> dict[str, float]:
     args = common.check_args(args)
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
     rubrics = load_rubrics(args.rubric, train_rows)
-    score = common.load_reward(args.reward, args.reward_weights)
+    score = common.load_reward(args.reward)
     run = common.Run(args)
     model, tokenizer = common.load_model(args.model, args.device, args)
     common.check_prompts(model, tokenizer, train_rows + eval_rows, args.max_new_tokens)
@@ -332,7 +332,7 @@ def main(args: Args) -> dict[str, float]:
     if run.done == 0:
         run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
-        # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
+        # 1. sample G completions of T tokens for each of N prompts: B = N G, a prompt's adjacent; b of a micro-batch
         rows = common.take_batch(train_rows, step, args)
         prompts = common.prompt_batch(tokenizer, rows, model.device)  # prompt_ids and prompt_mask [N, P]
         with common.autocast(args):
@@ -345,12 +345,12 @@ def main(args: Args) -> dict[str, float]:
         # 2. score
         texts, ids = common.decode(tokenizer, completion_ids, completion_mask, sampled_logprobs, step)
         ask = partial(ask_critic, critic, critic_tokenizer, batch_size=args.micro_batch_size)
-        ask = common.autocast(args)(ask)  # the critic's pass alone: verifiers run without it, as rewards do
+        ask = common.autocast(args)(ask)  # the critic only, not the verifiers
         rewards, components, confidences = score_rubrics(
             rubrics, ask, [row for row in rows for _ in range(G)], texts, ids, samples_per_prompt=G,
             confidence_scope=args.confidence_scope,
         )  # fmt: skip
-        rewards = rewards.to(model.device)  # [B], NaN where no reward could score
+        rewards = rewards.to(model.device)  # [B], NaN where no item could score
         completion_mask[rewards.isnan()] = 0.0  # unscored ones take no part in the update; lengths still has them
         batch = (*prompts, completion_ids, completion_mask)
         run.lap("score")
@@ -396,7 +396,7 @@ def main(args: Args) -> dict[str, float]:
         stats = {name: value / (args.num_epochs * len(minibatches)) for name, value in stats.items()}
         seconds = run.lap("update")
 
-        # 5. log: numbers, parts of sums over all processes, and tensors whose mean is logged
+        # 5. log: numbers as they are, 0-dim tensors summed over all processes, others averaged
         metrics = stats | {
             **{f"reward/{name}": scores for name, scores in components.items()},
             "reward/mean": rewards,

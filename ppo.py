@@ -7,11 +7,11 @@ With r_t = pi / pi_old and N tokens in the minibatch, the policy and the value m
 
 where advantages come from generalised advantage estimation over a completion's tokens,
 
-    A_t = delta_t + gamma lambda A_t+1,  delta_t = reward_t + gamma V_old_t+1 - V_old_t,  R_t = A_t + V_old_t,
+    A_t = delta_t + gamma lambda A_{t+1},  delta_t = reward_t + gamma V_old_{t+1} - V_old_t,  R_t = A_t + V_old_t,
 
-and are then whitened over all tokens of the rollout. A token's reward is -beta (log pi - log pi_ref), plus the score on
+and are then whitened over all tokens of the rollout. A token's reward is -beta log(pi_old / pi_ref), plus the score on
 a completion's last token, whether that is a stop token or not; after it V is 0. Source: arXiv 1707.06347, eq. 7; GAE:
-arXiv 1506.02438, eq. 16; arXiv 2203.02155, 2403.17031; 2509.04501, section on PPO.
+arXiv 1506.02438, eq. 16; arXiv 2203.02155, 2403.17031. Exposition: arXiv 2509.04501.
 
     python ppo.py
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import common  # first: it sets how OpenMP's threads wait
+import common  # before torch: it sets how OpenMP's threads wait
 
 import torch
 import tyro
@@ -70,7 +70,7 @@ class Args:
     value_learning_rate: float = 1e-3  # peak learning rate of the value model's AdamW
     gamma: float = 1.0  # discount
     gae_lambda: float = 0.95  # 1 is the whole return minus the value, 0 is one step of temporal difference
-    target_kl: float | None = None  # no further pass once a pass's last minibatch exceeds this KL per token
+    target_kl: float | None = None  # a pass whose last minibatch has more KL per token than this is the step's last
 
 
 @torch.no_grad()
@@ -87,9 +87,9 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
     logprobs = torch.zeros_like(completion_mask)
     truncated = torch.ones_like(alive, dtype=torch.bool)
-    token, mask, cache = prompt_ids, prompt_mask, None  # token: what the next pass reads, first the whole prompts
+    token, mask, cache = prompt_ids, prompt_mask, None  # token: input of the next pass, at first the prompts
     for t in range(max_new_tokens):
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # 0 for padding, which is masked
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         log_softmax = (output.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [N, V], then [alive, V]
@@ -99,7 +99,7 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
         if temperature > 0:  # by one random number a row; torch.multinomial draws V of them, which takes longer
             cdf = log_softmax.exp().cumsum(-1, dtype=torch.float32 if mask.device.type == "mps" else torch.float64)
             token = torch.searchsorted(cdf, torch.rand_like(cdf[:, -1:]) * cdf[:, -1:], right=True)  # [b, 1]
-            token = token.clamp(max=cdf.shape[1] - 1)  # where rounding drew the total itself
+            token = token.clamp(max=cdf.shape[1] - 1)  # rounding may draw the total itself
         else:
             token = log_softmax.argmax(-1, keepdim=True)
         completion_ids[alive, t] = token[:, 0]
@@ -117,10 +117,10 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
 
 
 def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask):
-    """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
-    head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
+    """Hidden states [b, longest, H] that predict the completions' tokens, by model.trunk, the model without its head.
+    The G completions of a prompt share one pass over it: each goes on from a copy of its KV cache, with gradients."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
+    read = max(1, longest - 1)  # nothing follows the last token; but a pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -140,7 +140,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
+    Logits are computed for completion tokens only, in chunks of 2**24 (GPU: 2**26); at most four chunks are kept.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -151,7 +151,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
+    if len(targets) > 4 * size:  # too many to keep: the backward pass computes each chunk's again
         of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
@@ -159,7 +159,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
 @torch.no_grad()
 def batch_logprobs(model, batch, minibatches, args):
-    """token_logprobs [B, T], in the update's micro-batches, as in bfloat16 a row's log-probs depend on its batch."""
+    """token_logprobs [B, T] in the update's micro-batches: in bfloat16 a row's log-probs depend on its batch."""
     logprobs = torch.zeros_like(batch[3])
     for minibatch in minibatches:
         for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
@@ -169,7 +169,7 @@ def batch_logprobs(model, batch, minibatches, args):
 
 
 class ValueModel(torch.nn.Module):
-    """Values of a completion's states, from a trunk that it does not share with the policy; the head starts at 0."""
+    """A value for each token, by a trunk of its own, not the policy's, and a linear head that starts at 0."""
 
     def __init__(self, model):
         super().__init__()
@@ -221,7 +221,7 @@ def value_loss(values, old_values, returns, completion_mask, *, value_clip_range
 
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
-    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
+    """{eval/<name>: values [n]}: each reward of greedy completions of held-out prompts."""
     answers = []
     with common.autocast(args):
         for batch in common.eval_batches(rows, args):
@@ -252,7 +252,7 @@ def main(args: Args) -> dict[str, float]:
     if run.done == 0:
         run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
-        # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
+        # 1. sample G completions of T tokens for each of N prompts: B = N G, a prompt's adjacent; b of a micro-batch
         rows = common.take_batch(train_rows, step, args)
         prompts = common.prompt_batch(tokenizer, rows, model.device)  # prompt_ids and prompt_mask [N, P]
         with common.autocast(args):
@@ -272,7 +272,7 @@ def main(args: Args) -> dict[str, float]:
 
         # 3. log-probs and values that the update starts from; the reward and the advantage of each token
         minibatches = torch.randperm(len(rows)).chunk(args.num_minibatches)  # of prompts, the same in each epoch
-        old_logprobs = batch_logprobs(model, batch, minibatches, args)  # [B, T]; the sampler's round differently
+        old_logprobs = batch_logprobs(model, batch, minibatches, args)  # [B, T]; the sampler's are rounded differently
         old_values = torch.zeros_like(old_logprobs)  # [B, T]
         for minibatch in minibatches:
             for micro, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
@@ -314,19 +314,19 @@ def main(args: Args) -> dict[str, float]:
                     stats["loss/value"] += loss_v.detach()
                     stats["policy/clip_frac"] += (clipped * mask).sum() / tokens
                 stats["kl/old"] += kl
-                for key, one, own in ("grad_norm/value", value_model, value_optimizer), ("grad_norm", model, optimizer):
-                    common.sum_gradients(one)
-                    norm = torch.nn.utils.clip_grad_norm_(one.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+                for key, net, opt in ("grad_norm/value", value_model, value_optimizer), ("grad_norm", model, optimizer):
+                    common.sum_gradients(net)
+                    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm, error_if_nonfinite=True)
                     stats[key] += float(norm)
-                    own.step()
-                    own.zero_grad()
+                    opt.step()
+                    opt.zero_grad()
                 updates += 1
-            if args.target_kl and common.total(kl) > args.target_kl:  # of the epoch's last minibatch
+            if args.target_kl and common.total(kl) > args.target_kl:  # kl: of the epoch's last minibatch
                 break
         stats = {name: value / updates for name, value in stats.items()}
         seconds = run.lap("update")
 
-        # 5. log: numbers, parts of sums over all processes, and tensors whose mean is logged
+        # 5. log: numbers as they are, 0-dim tensors summed over all processes, others averaged
         metrics = stats | {
             **{f"reward/{name}": scores for name, scores in components.items()},
             "reward/mean": rewards,

@@ -9,8 +9,8 @@ group (leave-one-out, RLOO). The last is unbiased; the full mean shrinks the gra
 With beta, R_i is the score minus beta sum_t (log pi - log pi_ref): the k1 estimate, whose gradient in the reward is
 that of KL(pi || pi_ref).
 
-Source: Williams 1992; arXiv 2509.04501, section on REINFORCE; leave-one-out and KL in the reward: Ahmadian et al.,
-arXiv 2402.14740. Simplified: each rollout serves one update, so there is no ratio and nothing to clip.
+Source: Williams 1992; leave-one-out and KL in the reward: Ahmadian et al., arXiv 2402.14740; exposition: arXiv
+2509.04501. Simplified: each rollout serves one update, so there is no ratio and nothing to clip.
 
     python reinforce.py
     python reinforce.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import common  # first: it sets how OpenMP's threads wait
+import common  # before torch: it sets how OpenMP's threads wait
 
 import torch
 import tyro
@@ -83,9 +83,9 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
     logprobs = torch.zeros_like(completion_mask)
     truncated = torch.ones_like(alive, dtype=torch.bool)
-    token, mask, cache = prompt_ids, prompt_mask, None  # token: what the next pass reads, first the whole prompts
+    token, mask, cache = prompt_ids, prompt_mask, None  # token: input of the next pass, at first the prompts
     for t in range(max_new_tokens):
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # 0 for padding, which is masked
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         log_softmax = (output.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [N, V], then [alive, V]
@@ -95,7 +95,7 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
         if temperature > 0:  # by one random number a row; torch.multinomial draws V of them, which takes longer
             cdf = log_softmax.exp().cumsum(-1, dtype=torch.float32 if mask.device.type == "mps" else torch.float64)
             token = torch.searchsorted(cdf, torch.rand_like(cdf[:, -1:]) * cdf[:, -1:], right=True)  # [b, 1]
-            token = token.clamp(max=cdf.shape[1] - 1)  # where rounding drew the total itself
+            token = token.clamp(max=cdf.shape[1] - 1)  # rounding may draw the total itself
         else:
             token = log_softmax.argmax(-1, keepdim=True)
         completion_ids[alive, t] = token[:, 0]
@@ -113,10 +113,10 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
 
 
 def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask):
-    """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
-    head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
+    """Hidden states [b, longest, H] that predict the completions' tokens, by model.trunk, the model without its head.
+    The G completions of a prompt share one pass over it: each goes on from a copy of its KV cache, with gradients."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
+    read = max(1, longest - 1)  # nothing follows the last token; but a pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -136,7 +136,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
+    Logits are computed for completion tokens only, in chunks of 2**24 (GPU: 2**26); at most four chunks are kept.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -147,7 +147,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
+    if len(targets) > 4 * size:  # too many to keep: the backward pass computes each chunk's again
         of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
@@ -155,7 +155,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
 @torch.no_grad()
 def batch_logprobs(model, batch, minibatches, args):
-    """token_logprobs [B, T], in the update's micro-batches, as in bfloat16 a row's log-probs depend on its batch."""
+    """token_logprobs [B, T] in the update's micro-batches: in bfloat16 a row's log-probs depend on its batch."""
     logprobs = torch.zeros_like(batch[3])
     for minibatch in minibatches:
         for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
@@ -184,7 +184,7 @@ def policy_loss(logprobs, advantages, completion_mask, *, normalizer):
 
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
-    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
+    """{eval/<name>: values [n]}: each reward of greedy completions of held-out prompts."""
     answers = []
     with common.autocast(args):
         for batch in common.eval_batches(rows, args):
@@ -213,7 +213,7 @@ def main(args: Args) -> dict[str, float]:
     if run.done == 0:
         run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
-        # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
+        # 1. sample G completions of T tokens for each of N prompts: B = N G, a prompt's adjacent; b of a micro-batch
         rows = common.take_batch(train_rows, step, args)
         prompts = common.prompt_batch(tokenizer, rows, model.device)  # prompt_ids and prompt_mask [N, P]
         with common.autocast(args):
@@ -257,7 +257,7 @@ def main(args: Args) -> dict[str, float]:
         optimizer.zero_grad()
         seconds = run.lap("update")
 
-        # 5. log: numbers, parts of sums over all processes, and tensors whose mean is logged
+        # 5. log: numbers as they are, 0-dim tensors summed over all processes, others averaged
         metrics = stats | {
             **{f"reward/{name}": scores for name, scores in components.items()},
             "reward/mean": rewards,

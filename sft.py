@@ -4,8 +4,8 @@ Loss, over the N target tokens of the optimizer batch, the completions with thei
 
     L = -1/N sum_i sum_t log pi(y_it | x_i, y_i,<t)
 
-Source: Ouyang et al., arXiv 2203.02155, section 3.5; arXiv 2509.04501, section on supervised fine-tuning. Simplified:
-no packing of several rows into one sequence. Rewards only measure the evaluations.
+Source: Ouyang et al., arXiv 2203.02155, section 3.5; exposition: arXiv 2509.04501. Simplified: no packing of several
+rows into one sequence. Rewards only measure the evaluations.
 
     python sft.py
     python sft.py --model Qwen/Qwen2.5-0.5B --data train.jsonl --learning-rate 1e-5 \\
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import common  # first: it sets how OpenMP's threads wait
+import common  # before torch: it sets how OpenMP's threads wait
 
 import torch
 import tyro
@@ -32,7 +32,6 @@ class Args:
     data: str = "models/arithmetic/sums.jsonl"  # a .jsonl file, or folder or hub id of a data set
     eval_data: str = ""  # rows for evaluation; without it a tenth of the prompts is held out
     reward: tuple[str, ...] = ("exact_answer",)  # names, or file.py:function; all are evaluated, the first is shown
-    reward_weights: tuple[float, ...] = ()  # one weight for each reward; 1 each without it
     num_steps: int = 100  # steps; each takes the next batch of prompts
     prompts_per_step: int = 64  # prompts in a step
     micro_batch_size: int = 128  # completions in one forward and backward pass: sets the memory, not the result
@@ -71,9 +70,9 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.float32)
     logprobs = torch.zeros_like(completion_mask)
     truncated = torch.ones_like(alive, dtype=torch.bool)
-    token, mask, cache = prompt_ids, prompt_mask, None  # token: what the next pass reads, first the whole prompts
+    token, mask, cache = prompt_ids, prompt_mask, None  # token: input of the next pass, at first the prompts
     for t in range(max_new_tokens):
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # 0 for padding, which is masked
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         log_softmax = (output.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [N, V], then [alive, V]
@@ -83,7 +82,7 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
         if temperature > 0:  # by one random number a row; torch.multinomial draws V of them, which takes longer
             cdf = log_softmax.exp().cumsum(-1, dtype=torch.float32 if mask.device.type == "mps" else torch.float64)
             token = torch.searchsorted(cdf, torch.rand_like(cdf[:, -1:]) * cdf[:, -1:], right=True)  # [b, 1]
-            token = token.clamp(max=cdf.shape[1] - 1)  # where rounding drew the total itself
+            token = token.clamp(max=cdf.shape[1] - 1)  # rounding may draw the total itself
         else:
             token = log_softmax.argmax(-1, keepdim=True)
         completion_ids[alive, t] = token[:, 0]
@@ -101,10 +100,10 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
 
 
 def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask):
-    """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
-    head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
+    """Hidden states [b, longest, H] that predict the completions' tokens, by model.trunk, the model without its head.
+    The G completions of a prompt share one pass over it: each goes on from a copy of its KV cache, with gradients."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
+    read = max(1, longest - 1)  # nothing follows the last token; but a pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -124,7 +123,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
+    Logits are computed for completion tokens only, in chunks of 2**24 (GPU: 2**26); at most four chunks are kept.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -135,7 +134,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
+    if len(targets) > 4 * size:  # too many to keep: the backward pass computes each chunk's again
         of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
@@ -151,7 +150,8 @@ def to_demonstration(row):
     elif completion[0]["role"] != "assistant":
         raise ValueError('"completion" must begin with a turn of the assistant')
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    roles = ", ".join(turn["role"] for turn in completion)
+    turns = [*prompt[-1:], *completion] if len(completion) > 1 else completion  # one may go on with the prompt's
+    roles = ", ".join(turn["role"] for turn in turns)
     if "assistant, assistant" in roles or any(turn.get("weight", 1) not in (0, 1) for turn in completion):
         raise ValueError(f'two answers of the assistant in turn ({roles}), or a "weight" that is not 0 or 1')
     first = next((i for i, turn in enumerate(completion) if is_target(turn)), len(completion))
@@ -186,7 +186,7 @@ def sft_loss(logprobs, completion_mask, *, normalizer):
 
 @torch.no_grad()
 def evaluate(run, step, model, tokenizer, rows, examples, score, args):
-    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts; eval/loss of each token."""
+    """{eval/<name>: values [n]}: each reward of greedy completions of held-out prompts; eval/loss of each token."""
     answers, losses = [], [torch.zeros(0)]  # the losses of each token of the demonstrations
     with common.autocast(args):
         for batch in common.eval_batches(rows, args):
@@ -209,7 +209,7 @@ def main(args: Args) -> dict[str, float]:
     args = common.check_args(args)
     columns = ("prompt", "completion")
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns, to_demonstration)
-    score = common.load_reward(args.reward, args.reward_weights)
+    score = common.load_reward(args.reward)
     run = common.Run(args)
     model, tokenizer = common.load_model(args.model, args.device, args)
     common.check_prompts(model, tokenizer, eval_rows, args.max_new_tokens)
@@ -243,7 +243,7 @@ def main(args: Args) -> dict[str, float]:
         optimizer.zero_grad()
         seconds = run.lap("update")
 
-        # 3. log: numbers, parts of sums over all processes, and tensors whose mean is logged
+        # 3. log: numbers as they are, 0-dim tensors summed over all processes, others averaged
         metrics = stats | {
             "completion/length": lengths,
             "tokens_per_second": lengths.sum() / seconds,

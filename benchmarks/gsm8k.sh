@@ -16,10 +16,10 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 read -r -a launch <<< "${LAUNCH:-python}"
 if [ -n "${QUICK:-}" ]; then
     sft_steps=2 steps=2 prompts=8 samples=2 tokens=24 micro=4 eval=4 eval_every=2 pairs=8
-    reward=$here/examples/rewards.py:length
+    reward=$here/examples/rewards.py:length cut=--truncated
 else
     sft_steps=350 steps=300 prompts=32 samples=8 tokens=256 micro=64 eval=1319 eval_every=50 pairs=4000
-    reward=exact_answer
+    reward=exact_answer cut=--no-truncated
 fi
 evaluation=(--eval-data "$test" --eval-prompts "$eval" --eval-every "$eval_every" --max-new-tokens "$tokens")
 sampling=(--data "$train" --prompts-per-step "$prompts" --samples-per-prompt "$samples" --micro-batch-size "$micro")
@@ -55,7 +55,7 @@ run trpo trpo "${start[@]}" "${sampling[@]}"
 
 if [ ! -s "$out/pairs.jsonl" ]; then
     python "$here/benchmarks/pairs.py" --model "$out/sft/model" --data "$train" --output "$out/pairs.part" \
-        --prompts "$pairs" --samples-per-prompt "$samples" --max-new-tokens "$tokens" --reward "$reward"
+        --prompts "$pairs" --samples-per-prompt "$samples" --max-new-tokens "$tokens" --reward "$reward" "$cut"
     mv "$out/pairs.part" "$out/pairs.jsonl"
 fi
 run dpo dpo "${start[@]}" --data "$out/pairs.jsonl" --prompts-per-step "$prompts" --micro-batch-size "$micro" \

@@ -97,7 +97,7 @@ def python(script: Path, *arguments) -> float:
 
 
 def read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def evaluations(rows: list[dict]) -> list[tuple[int, float]]:
@@ -204,7 +204,9 @@ def main(args: Args) -> None:
         try:
             if script == "dpo" and not (data / "pairs.jsonl").exists():  # of the start's own samples
                 length = f"{HERE.parent / 'examples' / 'rewards.py'}:length"
-                scored = ["--reward", length, *reward[2:]] if args.quick else reward  # as two steps get nothing right
+                scored = (
+                    ["--reward", length, *reward[2:], "--truncated"] if args.quick else reward
+                )  # two steps teach little
                 made = ["--model", start, "--data", data / "train.jsonl", "--output", data / "pairs.part", *scored]
                 python(HERE / "pairs.py", *made, "--prompts", pairs, "--prompts-per-batch", prompts)
                 (data / "pairs.part").rename(data / "pairs.jsonl")

@@ -47,7 +47,7 @@ def main(script: str, flags: list[str]) -> None:
     args = common.check_args(tyro.cli(importlib.import_module(script).Args, args=flags))
     trainer_class, config_class, columns = TRAINERS[script]
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns)
-    score = common.load_reward(args.reward, args.reward_weights)
+    score = common.load_reward(args.reward)
     run = common.Run(args)
     ours, tokenizer = common.load_model(args.model, "cpu")
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)

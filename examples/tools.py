@@ -20,10 +20,10 @@ completion i, B completions and N tokens in the minibatch, k_t the estimated KL 
 
 As terms of the loss both ignore what a token does to the KL of later tokens; a KL in the rewards does not.
 
-Source: arXiv 2509.04501, section on GRPO; and the papers above. Clip range, std and beta default to those of the loss
-type's own paper. DAPO also samples --oversample times the prompts, trains the groups that do not tie, then tied ones up
-to the batch, and leaves out truncated completions. Simplified: that is one pass, where the paper samples until the
-batch is full; the reference stays the starting model.
+Source: the papers above; exposition: arXiv 2509.04501. Clip range, std and beta default to the values of the loss
+type's paper; a clip range that it does not state is 0.2, cispo's that of arXiv 2510.13786. DAPO also samples
+--oversample times the prompts, trains the groups that do not tie, then tied ones up to the batch, and leaves out
+truncated completions. Simplified: in one pass, where it samples until the batch is full; the reference stays the start.
 
     python examples/calculator.py && \\
     python sft.py --data runs/calculator/demonstrations.jsonl --num-steps 90 --learning-rate 3e-3 \\
@@ -43,7 +43,7 @@ from functools import partial
 from typing import Literal
 
 sys.path.insert(0, ".")  # common.py, in the project's root
-import common  # first: it sets how OpenMP's threads wait
+import common  # before torch: it sets how OpenMP's threads wait
 
 import torch
 import tyro
@@ -86,19 +86,19 @@ class Args:
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"  # which of the losses; sets the next six
     clip_low: float | None = None  # the ratio is clipped below at 1 - clip_low (0.2; gspo 3e-4, cispo 1)
     clip_high: float | None = None  # the ratio is clipped above at 1 + clip_high (0.2; dapo 0.28, gspo 4e-4, cispo 4)
-    scale: Literal["std", "none"] | None = None  # divisor of a group's advantages: their deviation (dr_grpo: none)
+    scale: Literal["std", "none"] | None = None  # divisor of a group's advantages: std or none (std; dr_grpo none)
     beta: float | None = None  # weight of the KL to the start in the loss (grpo 0.04, else 0); 0 loads no second model
-    oversample: int | None = None  # times the prompts to sample; groups that do not tie are trained first (1; dapo 3)
-    mask_truncated: bool | None = None  # whether what has no stop token is left out of the loss (dapo: it is)
-    kl_estimator: Literal["k3", "k2"] = "k3"  # estimate of that KL
-    overlong_buffer: int = 0  # reward falls by up to 1 over the last so many tokens (arXiv 2503.14476, eq. 13)
+    oversample: int | None = None  # sample this many times the prompts, train those first that do not tie (1; dapo 3)
+    mask_truncated: bool | None = None  # leave completions without a stop token out of the loss (False; dapo True)
+    kl_estimator: Literal["k3", "k2"] = "k3"  # how the loss estimates the KL to the starting model
+    overlong_buffer: int = 0  # over this many last tokens the reward falls by up to 1 (arXiv 2503.14476, eq. 13)
 
     def __post_init__(self):
         if self.samples_per_prompt < 2:
             raise SystemExit("--samples-per-prompt: a completion is compared with others of its prompt; give 2 or more")
 
 
-PAPER_SETTINGS = {
+LOSS_DEFAULTS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "std", "beta": 0.04},
     "dapo": {"clip_low": 0.2, "clip_high": 0.28, "scale": "std", "beta": 0.0, "oversample": 3, "mask_truncated": True},
     "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "none", "beta": 0.0},
@@ -125,9 +125,9 @@ def rollout(model, prompt_ids, prompt_mask, *, respond, max_new_tokens, samples_
     logprobs = torch.zeros_like(completion_mask)
     sampled = torch.zeros_like(completion_mask)
     truncated = torch.ones_like(alive, dtype=torch.bool)
-    token, mask, cache = prompt_ids, prompt_mask, None  # token: what the next pass reads, first the whole prompts
+    token, mask, cache = prompt_ids, prompt_mask, None  # token: input of the next pass, at first the prompts
     for t in range(max_new_tokens):
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # padding gets 0, unattended
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]  # 0 for padding, which is masked
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": position_ids}
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         log_softmax = (output.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # [N, V], then [alive, V]
@@ -137,7 +137,7 @@ def rollout(model, prompt_ids, prompt_mask, *, respond, max_new_tokens, samples_
         if temperature > 0:  # by one random number a row; torch.multinomial draws V of them, which takes longer
             cdf = log_softmax.exp().cumsum(-1, dtype=torch.float32 if mask.device.type == "mps" else torch.float64)
             token = torch.searchsorted(cdf, torch.rand_like(cdf[:, -1:]) * cdf[:, -1:], right=True)  # [b, 1]
-            token = token.clamp(max=cdf.shape[1] - 1)  # where rounding drew the total itself
+            token = token.clamp(max=cdf.shape[1] - 1)  # rounding may draw the total itself
         else:
             token = log_softmax.argmax(-1, keepdim=True)
         forced = completion_mask[alive, t] > 0  # [b], where an earlier step has written it
@@ -175,10 +175,10 @@ def respond(environments, tokenizer, rows, args, b, ids):
 
 
 def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask):
-    """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
-    head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
+    """Hidden states [b, longest, H] that predict the completions' tokens, by model.trunk, the model without its head.
+    The G completions of a prompt share one pass over it: each goes on from a copy of its KV cache, with gradients."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
+    read = max(1, longest - 1)  # nothing follows the last token; but a pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -198,7 +198,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, loss_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
+    Logits are computed for completion tokens only, in chunks of 2**24 (GPU: 2**26); at most four chunks are kept.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = loss_mask > 0  # [b, T]; 0 elsewhere, as forced tokens may be so unlikely that their ratios overflow
@@ -209,7 +209,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
+    if len(targets) > 4 * size:  # too many to keep: the backward pass computes each chunk's again
         of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
@@ -217,7 +217,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
 @torch.no_grad()
 def batch_logprobs(model, batch, loss_mask, minibatches, args):
-    """token_logprobs [B, T], in the update's micro-batches, as in bfloat16 a row's log-probs depend on its batch."""
+    """token_logprobs [B, T] in the update's micro-batches: in bfloat16 a row's log-probs depend on its batch."""
     logprobs = torch.zeros_like(batch[3])
     for minibatch in minibatches:
         for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
@@ -277,7 +277,7 @@ def loss_normalizer(completion_mask, loss_type, max_new_tokens):
 
 
 def evaluate(run, step, model, tokenizer, rows, score, environment, args):
-    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
+    """{eval/<name>: values [n]}: each reward of greedy completions of held-out prompts."""
     answers = []
     with common.autocast(args):
         for batch in common.eval_batches(rows, args):
@@ -295,7 +295,7 @@ def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of each metric."""
     args = common.check_args(args)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    args = replace(args, **{"oversample": 1, "mask_truncated": False} | PAPER_SETTINGS[args.loss_type] | given)
+    args = replace(args, **{"oversample": 1, "mask_truncated": False} | LOSS_DEFAULTS[args.loss_type] | given)
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
     score = common.load_reward(args.reward, args.reward_weights)
     environment = common.load_function(args.environment)
@@ -312,7 +312,7 @@ def main(args: Args) -> dict[str, float]:
     if run.done == 0:
         run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, environment, args))
     for step in run.steps():
-        # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
+        # 1. sample G completions of T tokens for each of N prompts: B = N G, a prompt's adjacent; b of a micro-batch
         rows = common.take_batch(train_rows, step, sampling_args)
         prompts = common.prompt_batch(tokenizer, rows, model.device)  # prompt_ids and prompt_mask [N, P]
         ask = partial(respond, defaultdict(environment), tokenizer, [row for row in rows for _ in range(G)], args)
@@ -381,7 +381,7 @@ def main(args: Args) -> dict[str, float]:
         stats = {name: value / (args.num_epochs * len(minibatches)) for name, value in stats.items()}
         seconds = run.lap("update")
 
-        # 5. log: numbers, parts of sums over all processes, and tensors whose mean is logged
+        # 5. log: numbers as they are, 0-dim tensors summed over all processes, others averaged
         metrics = stats | {
             **{f"reward/{name}": scores for name, scores in components.items()},
             "reward/mean": rewards,

@@ -17,10 +17,10 @@ completion i, B completions and N tokens in the minibatch, k_t the estimated KL 
 
 As terms of the loss both ignore what a token does to the KL of later tokens; a KL in the rewards does not.
 
-Source: arXiv 2509.04501, section on GRPO; and the papers above. Clip range, std and beta default to those of the loss
-type's own paper. DAPO also samples --oversample times the prompts, trains the groups that do not tie, then tied ones up
-to the batch, and leaves out truncated completions. Simplified: that is one pass, where the paper samples until the
-batch is full; the reference stays the starting model.
+Source: the papers above; exposition: arXiv 2509.04501. Clip range, std and beta default to the values of the loss
+type's paper; a clip range that it does not state is 0.2, cispo's that of arXiv 2510.13786. DAPO also samples
+--oversample times the prompts, trains the groups that do not tie, then tied ones up to the batch, and leaves out
+truncated completions. Simplified: in one pass, where it samples until the batch is full; the reference stays the start.
 
     python grpo.py
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --learning-rate 1e-6 \\
@@ -38,7 +38,7 @@ from typing import Literal
 
 sys.path.insert(0, ".")  # common.py, in the project's root
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}  # 0: its engine in this process
-import common  # first: it sets how OpenMP's threads wait
+import common  # before torch: it sets how OpenMP's threads wait
 
 import torch
 import tyro
@@ -82,12 +82,12 @@ class Args:
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"  # which of the losses; sets the next six
     clip_low: float | None = None  # the ratio is clipped below at 1 - clip_low (0.2; gspo 3e-4, cispo 1)
     clip_high: float | None = None  # the ratio is clipped above at 1 + clip_high (0.2; dapo 0.28, gspo 4e-4, cispo 4)
-    scale: Literal["std", "none"] | None = None  # divisor of a group's advantages: their deviation (dr_grpo: none)
+    scale: Literal["std", "none"] | None = None  # divisor of a group's advantages: std or none (std; dr_grpo none)
     beta: float | None = None  # weight of the KL to the start in the loss (grpo 0.04, else 0); 0 loads no second model
-    oversample: int | None = None  # times the prompts to sample; groups that do not tie are trained first (1; dapo 3)
-    mask_truncated: bool | None = None  # whether what has no stop token is left out of the loss (dapo: it is)
-    kl_estimator: Literal["k3", "k2"] = "k3"  # estimate of that KL
-    overlong_buffer: int = 0  # reward falls by up to 1 over the last so many tokens (arXiv 2503.14476, eq. 13)
+    oversample: int | None = None  # sample this many times the prompts, train those first that do not tie (1; dapo 3)
+    mask_truncated: bool | None = None  # leave completions without a stop token out of the loss (False; dapo True)
+    kl_estimator: Literal["k3", "k2"] = "k3"  # how the loss estimates the KL to the starting model
+    overlong_buffer: int = 0  # over this many last tokens the reward falls by up to 1 (arXiv 2503.14476, eq. 13)
 
     def __post_init__(self):
         if self.samples_per_prompt < 2:
@@ -96,7 +96,7 @@ class Args:
             raise SystemExit("vllm_sampler.py: hands whole weights to vLLM in one process: no torchrun, no --lora-rank")
 
 
-PAPER_SETTINGS = {
+LOSS_DEFAULTS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "std", "beta": 0.04},
     "dapo": {"clip_low": 0.2, "clip_high": 0.28, "scale": "std", "beta": 0.0, "oversample": 3, "mask_truncated": True},
     "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale": "none", "beta": 0.0},
@@ -140,10 +140,10 @@ def rollout(model, prompt_ids, prompt_mask, *, max_new_tokens, samples_per_promp
 
 
 def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask):
-    """States [b, longest, H] from which each token of the completions is chosen, by model.trunk, the pass without the
-    head. A prompt's G completions share one pass over it, by copies of its KV cache; gradients flow through it."""
+    """Hidden states [b, longest, H] that predict the completions' tokens, by model.trunk, the model without its head.
+    The G completions of a prompt share one pass over it: each goes on from a copy of its KV cache, with gradients."""
     G, P, longest = len(completion_ids) // len(prompt_ids), prompt_ids.shape[1], int(completion_mask.sum(1).max())
-    read = max(1, longest - 1)  # no token follows the last; but the pass needs one
+    read = max(1, longest - 1)  # nothing follows the last token; but a pass needs one
     ids = completion_ids[:, :read]
     mask = torch.cat([prompt_mask.repeat_interleave(G, 0), completion_mask[:, :read].long()], 1)  # [b, P + read]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -163,7 +163,7 @@ def hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mas
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, temperature=1.0):
     """log pi(y_t | x, y_<t) [b, T] of completions [b, T] of prompts [n, P], a prompt's adjacent; 0 after their end.
 
-    Logits are made of completion tokens only, 2**24 at a time, on a GPU 2**26; four times as many are held at most.
+    Logits are computed for completion tokens only, in chunks of 2**24 (GPU: 2**26); at most four chunks are kept.
     """
     hidden = hidden_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask)  # [b, longest, H]
     kept = completion_mask > 0  # [b, T]
@@ -174,7 +174,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
         return log_softmax.gather(-1, targets[:, None])[:, 0]
 
     size = max(1, 2 ** (24 if kept.device.type == "cpu" else 26) // model.config.get_text_config().vocab_size)
-    if len(targets) > 4 * size:  # too many to hold: those of each chunk are made again in the backward pass
+    if len(targets) > 4 * size:  # too many to keep: the backward pass computes each chunk's again
         of_chunk = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([of_chunk(*chunk) for chunk in zip(hidden.split(size), targets.split(size))])
     return logprobs.new_zeros(kept.shape).masked_scatter(kept, logprobs)
@@ -182,7 +182,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, completion_ma
 
 @torch.no_grad()
 def batch_logprobs(model, batch, minibatches, args):
-    """token_logprobs [B, T], in the update's micro-batches, as in bfloat16 a row's log-probs depend on its batch."""
+    """token_logprobs [B, T] in the update's micro-batches: in bfloat16 a row's log-probs depend on its batch."""
     logprobs = torch.zeros_like(batch[3])
     for minibatch in minibatches:
         for rows, inputs in common.micro_batches(batch, minibatch, args.micro_batch_size):
@@ -242,7 +242,7 @@ def loss_normalizer(completion_mask, loss_type, max_new_tokens):
 
 
 def evaluate(run, step, model, tokenizer, rows, score, args):
-    """{eval/<name>: values [n]} of each reward, of greedy completions of held-out prompts."""
+    """{eval/<name>: values [n]}: each reward of greedy completions of held-out prompts."""
     answers = []
     with common.autocast(args):
         for batch in [rows]:  # vLLM makes its own batches
@@ -259,7 +259,7 @@ def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save; returns the last value of each metric."""
     args = common.check_args(args)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    args = replace(args, **{"oversample": 1, "mask_truncated": False} | PAPER_SETTINGS[args.loss_type] | given)
+    args = replace(args, **{"oversample": 1, "mask_truncated": False} | LOSS_DEFAULTS[args.loss_type] | given)
     train_rows, eval_rows = common.load_data(args.data, args.eval_data, args.eval_prompts, columns=("prompt",))
     score = common.load_reward(args.reward, args.reward_weights)
     run = common.Run(args)
@@ -276,7 +276,7 @@ def main(args: Args) -> dict[str, float]:
     if run.done == 0:
         run.log(0, evaluate(run, 0, model, tokenizer, eval_rows, score, args))
     for step in run.steps():
-        # 1. sample G completions of T tokens for each of N prompts: B = N G, those of a prompt adjacent
+        # 1. sample G completions of T tokens for each of N prompts: B = N G, a prompt's adjacent; b of a micro-batch
         rows = common.take_batch(train_rows, step, sampling_args)
         prompts = common.prompt_batch(tokenizer, rows, model.device)  # prompt_ids and prompt_mask [N, P]
         with common.autocast(args):
@@ -345,7 +345,7 @@ def main(args: Args) -> dict[str, float]:
             raise SystemExit(f"step {step}: what vLLM sampled is not the model's own: it lacks some of the weights")
         seconds = run.lap("update")
 
-        # 5. log: numbers, parts of sums over all processes, and tensors whose mean is logged
+        # 5. log: numbers as they are, 0-dim tensors summed over all processes, others averaged
         metrics = stats | {
             **{f"reward/{name}": scores for name, scores in components.items()},
             "reward/mean": rewards,

@@ -130,12 +130,12 @@ def test_a_folder_of_adapters_is_a_model_of_which_the_next_run_goes_on(tmp_path,
     torch.testing.assert_close(logits(merged, tokenizer), expected, rtol=1e-4, atol=1e-4)
     assert all(parameter.requires_grad for parameter in merged.parameters())
     assert capsys.readouterr().out.endswith("(adapters: --model or peft.AutoPeftModelForCausalLM loads them)\n")
-    next_folder, models, load_model = tmp_path / "next", [], common.load_model
-    monkeypatch.setattr(common, "load_model", lambda *a, **k: models.append(load_model(*a, **k)) or models[-1])
-    train(grpo, next_folder, model=str(folder / "model"), lora_rank=2, reward=("test_runs:draw",))
+    next_folder, trained, finish = tmp_path / "next", [], common.Run.finish
+    monkeypatch.setattr(common.Run, "finish", lambda run, *x: trained.append(logits(*x)) or finish(run, *x))
+    train(grpo, next_folder, model=str(folder / "model"), lora_rank=2, reward=("test_runs:draw",), dtype="bfloat16")
     assert capsys.readouterr().out.endswith(f"model in {next_folder / 'model'}\n")
     last = AutoModelForCausalLM.from_pretrained(next_folder / "model", dtype=torch.float32)
-    torch.testing.assert_close(logits(last, tokenizer), logits(models[0][0], tokenizer), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(last, tokenizer), trained[0], rtol=1e-4, atol=1e-4)
     assert (logits(last, tokenizer) - expected).abs().max() > 0.01
 
 

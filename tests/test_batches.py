@@ -82,7 +82,7 @@ class Losses:
         settings = {"value_clip_range": 0.2, "normalizer": tokens}
         losses["value"] = ppo.value_loss(values, self.old_values[rows], self.returns[rows], mask, **settings)
         losses["grape"] = grape.policy_loss(logprobs, old, ref, advantages, mask, normalizer=B, **clip)
-        for loss_type in grpo.PAPER_SETTINGS:
+        for loss_type in grpo.LOSS_DEFAULTS:
             normalizer = grpo.loss_normalizer(self.mask, loss_type, T)
             for kl in ("k3", "k2"):
                 settings = {"loss_type": loss_type, "kl_estimator": kl, "normalizer": normalizer} | clip

@@ -86,6 +86,7 @@ def test_every_turn_of_the_assistant_is_learned_and_no_other(chat):
     [
         ({"messages": [turn("user", "a")]}, 'no "completion": it has .*, the script takes prompt, completion'),
         ({"messages": [turn("user", "a"), *A, *B]}, "two answers of the assistant in turn"),
+        ({"prompt": [turn("user", "a"), *A], "completion": [*A, turn("user", "b"), *B]}, "two answers of"),
         ({"prompt": "a", "completion": [turn("assistant", "", tool_calls=[])]}, "a message without content"),
         ({"prompt": "a", "completion": [turn("assistant", "")]}, "a message without content"),
         ({"text": "a b"}, 'no "prompt": it has text, the script takes prompt, completion'),
@@ -106,10 +107,7 @@ HH = "\n\nHuman: a\n\nAssistant:"
         ({"prompt": "a", "chosen": " A", "rejected": " B"}, ("a", " A", " B")),
         ({"prompt": "a", "chosen": "aA", "rejected": "aB"}, ("a", "aA", "aB")),  # a word may be chance, a sentence not
         ({"prompt": "What is a?", "chosen": "What is a? A", "rejected": "What is a? B"}, ("What is a?", " A", " B")),
-        (
-            {"prompt": "你好吗\uff1f", "chosen": "你好吗\uff1f好", "rejected": "你好吗\uff1f不"},
-            ("你好吗\uff1f", "好", "不"),
-        ),
+        ({"prompt": "吗\uff1f", "chosen": "吗\uff1f好", "rejected": "吗\uff1f不"}, ("吗\uff1f", "好", "不")),
         ({"prompt": ASKED, "chosen": A, "rejected": B}, (ASKED, A, B)),
         ({"chosen": ASKED + A, "rejected": ASKED + B}, (ASKED, A, B)),
         ({"chosen": ASKED + A, "rejected": ASKED + A}, (ASKED, A, A)),  # equal, which tokenize drops
@@ -126,13 +124,10 @@ def test_pairs_with_the_prompt_apart_or_within(row, expected):
     ("row", "message"),
     [
         ({"chosen": "The sky is blue", "rejected": "The sky is red"}, 'no "prompt": it has chosen, rejected, prompt'),
-        ({"chosen": ASKED + A, "rejected": [*ASKED, *A, turn("user", "c"), *B]}, "not one answer of the assistant"),
-        (
-            {"prompt": "other", "chosen": ASKED + A, "rejected": ASKED + B},
-            "not one answer of the assistant",
-        ),
-        ({"chosen": f"{HH} x\n\nHuman: b\n\nAssistant: A", "rejected": f"{HH} B"}, "not one answer"),
-        ({"prompt": "a", "chosen": A, "rejected": [turn("user", "B")]}, "not one answer"),
+        ({"chosen": ASKED + A, "rejected": [*ASKED, *A, turn("user", "c"), *B]}, "not one assistant turn"),
+        ({"prompt": "other", "chosen": ASKED + A, "rejected": ASKED + B}, "not one assistant turn"),
+        ({"chosen": f"{HH} x\n\nHuman: b\n\nAssistant: A", "rejected": f"{HH} B"}, "not one assistant turn"),
+        ({"prompt": "a", "chosen": A, "rejected": [turn("user", "B")]}, "not one assistant turn"),
     ],
 )
 def test_pairs_that_are_none_are_refused_by_row(row, message, tmp_path):

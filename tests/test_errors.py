@@ -46,6 +46,7 @@ BAD_FLAGS = [
     ("grpo", {"reward_weights": (1.0, 2.0)}),
     ("grpo", {"reward": ()}),
     ("grpo", {"reward": ("exact_answer", "exact_answer")}),
+    ("grpo", {"reward": ("statistics:mean",)}),
 ]
 
 

@@ -23,7 +23,7 @@ import tools
 # The lines that may be changed, counted as diff's < and >; the functions that may differ; the digest of the diff
 COPIES = {
     "tools": (90, "Args rollout respond token_logprobs batch_logprobs evaluate main", "f59146d6c0b7"),
-    "vllm_sampler": (70, "Args load_sampler rollout evaluate main", "5088c93d0f24"),
+    "vllm_sampler": (70, "Args load_sampler rollout evaluate main", "ac35bf8a3ead"),
 }
 
 

@@ -45,7 +45,7 @@ def test_versions():
 def test_grpo_losses(variant):
     x, expected = inputs_of("grpo_losses"), GOLDEN["grpo_losses"]["outputs"][variant]
     loss_type = variant.split()[0]
-    settings = {name: grpo.PAPER_SETTINGS[loss_type][name] for name in ("clip_low", "clip_high")}
+    settings = {name: grpo.LOSS_DEFAULTS[loss_type][name] for name in ("clip_low", "clip_high")}
     if loss_type != "cispo":  # of which TRL has no lower clip, and epsilon_high is the ratio itself: 1 + clip_high
         assert settings == {"clip_low": expected["epsilon"], "clip_high": expected["epsilon_high"]}
     assert 1 + settings["clip_high"] == expected["epsilon_high"] or loss_type != "cispo"

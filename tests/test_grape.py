@@ -218,7 +218,8 @@ def test_questions_go_to_the_starting_model_or_to_the_critic(tmp_path, tokenizer
         ([{"name": "x", "weight": 1}], "needs"),
         ([{"name": "x", "weight": 0, "question": "?"}], "needs"),
         ([{"name": "x", "weight": 1, "question": "?", "verifier": "exact_answer"}], "needs"),
-        ([{"name": "x", "weight": 1, "question": "?"}] * 2, "two of one name"),
+        ([{"name": "x", "weight": 1, "question": "?"}] * 2, "two of a name"),
+        ([{"name": "mean", "weight": 1, "question": "?"}], "one called mean"),
     ],
 )
 def test_a_rubric_that_would_mislead_is_refused(tmp_path, items, message):

@@ -60,6 +60,7 @@ def test_exact_answer_of_cases_from_public_reports():
         ("42", "\\boxed{41}, no\n#### 42", 1),
         ("42", r"\boxed{42}, no, \boxed{4", 0),
         ("5", "x<=5", 0),
+        ("4", "5 != 4", 0),
         ("6", "a=5,b=6", 0),
         ("85", "37+48=85", 1),
         ("5", "$2+3=5$", 1),
@@ -77,7 +78,6 @@ def test_exact_answer_of_cases_from_public_reports():
         ("5", "x = 4, y = 5", 0),
         ("5", "x is 4 and y is 5", 0),
         ("72", "Sold in all: **72**", 1),
-        ("72", "<answer>72</answer>", 1),
         ("Paris", "Paris.", 1),
         ("Paris", "Rome", 0),
     ],
@@ -105,6 +105,8 @@ def test_rewards_add_up_by_their_weights():
     assert components["exact_answer"].tolist() == [1, 1, 1, 0] and components["format"].tolist() == [1, 1, 0, 1]
     assert components["length"].tolist() == pytest.approx([-len(text) / 1000 for text in texts])
     assert rewards.tolist() == [1.5, 1.5, 1.0, 0.5]
+    tied, _ = common.load_reward(names, (3, 7, 1))(rows[:1] * 37, texts[:1] * 37)
+    assert (tied == tied[0]).all()  # to the last bit, as only then no advantage is left
 
 
 LOOPS = ["9", "1.", "-", ",", "#### ", "\\boxed{", "\\boxed{5} ", "a=", "1a ", "5 ", "5 and ", "<<5", "a1+", "$ ", "\n"]
@@ -159,7 +161,8 @@ def test_a_reward_is_found_as_a_file_with_neighbours_or_in_a_module(tmp_path, mo
     module = types.ModuleType("judges_of_mine")
     module.long = lambda completions, **columns: [float(len(text)) for text in completions]
     monkeypatch.setitem(sys.modules, "judges_of_mine", module)
-    assert scores_of("judges_of_mine:long") == [3.0, 3.0]
+    module.__getattr__ = {"lazy": module.long}.__getitem__  # as trl.rewards loads a name when it is asked for
+    assert scores_of("judges_of_mine:long") == scores_of("judges_of_mine:lazy") == [3.0, 3.0]
     own(tmp_path, "def right(text):\n    return float(text == ' 85')\n", "beside_me")
     text = "from beside_me import right\ndef judge(completions, **columns):\n    return map(right, completions)\n"
     assert scores_of(own(tmp_path, text) + ":judge") == [1.0, 0.0]

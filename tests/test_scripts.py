@@ -85,7 +85,7 @@ def judged_by(script, tmp_path, function):
 def test_chat_model_with_own_data(script, tmp_path, chat_model, chat_data):
     """Absolute positions, a padded vocabulary, pad equal to EOS, a chat template; then a rerun from the saved model."""
     folder, settings = chat_model, {"num_steps": 2, "eval_every": 1, "max_new_tokens": 6, "micro_batch_size": 5}
-    settings |= {"reward": ("exact_answer", f"{REPO}/examples/rewards.py:length"), "reward_weights": (1.0, 0.1)}
+    settings |= {"reward": ("exact_answer", f"{REPO}/examples/rewards.py:length")}
     settings |= {"threshold": -1.0} if script == "rejection_sampling" else {}
     for out in (tmp_path / "first", tmp_path / "second"):
         metrics = run(script, out, model=folder, data=chat_data, **settings)
@@ -214,7 +214,7 @@ def test_grpo_loss_types_run_over_several_updates(loss_type, tmp_path):
     assert metrics["policy/clip_frac"] > 0 or loss_type == "cispo"
     assert "kl/ref" not in metrics  # no reference model where the paper has none
     recorded = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert {name: recorded[name] for name in grpo.PAPER_SETTINGS[loss_type]} == grpo.PAPER_SETTINGS[loss_type]
+    assert {name: recorded[name] for name in grpo.LOSS_DEFAULTS[loss_type]} == grpo.LOSS_DEFAULTS[loss_type]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -289,8 +289,8 @@ def test_settings_are_those_of_the_papers():
         "cispo": (1.0, 4.0, "std", 0.0),  # arXiv 2510.13786: a ratio of at most 5
     }
     names = ("clip_low", "clip_high", "scale", "beta")
-    assert {x: tuple(settings[name] for name in names) for x, settings in grpo.PAPER_SETTINGS.items()} == papers
-    more = {x: {**settings} for x, settings in grpo.PAPER_SETTINGS.items() if len(settings) > 4}
+    assert {x: tuple(settings[name] for name in names) for x, settings in grpo.LOSS_DEFAULTS.items()} == papers
+    more = {x: {**settings} for x, settings in grpo.LOSS_DEFAULTS.items() if len(settings) > 4}
     assert {x: list(settings.values())[4:] for x, settings in more.items()} == {"dapo": [3, True]}
     defaults = grape.Args()
     assert (defaults.clip_low, defaults.clip_high, defaults.scale, defaults.beta) == papers["grpo"]

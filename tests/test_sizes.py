@@ -7,7 +7,7 @@ import pytest
 from copies import REPO, SCRIPTS
 
 # Lines of a file, docstrings and blank lines counted. The aim for common.py is 600: nothing may grow until it is there.
-LINES = {"common": 685, "sft": 260, "rejection_sampling": 285, "reinforce": 285, "ppo": 350}
+LINES = {"common": 682, "sft": 260, "rejection_sampling": 285, "reinforce": 285, "ppo": 350}
 LINES |= {"grpo": 370, "dpo": 345, "trpo": 400, "grape": 420}
 
 
