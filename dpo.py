@@ -6,7 +6,7 @@ Loss, averaged over pairs; h = log(pi / pi_ref) of a completion, h_w of the chos
     ipo       L = (m - 1 / (2 beta))^2, h per token as in TRL, not in eq. 17      arXiv 2310.12036, eq. 17
     hinge     L = max(0, 1 - beta m)                                              arXiv 2309.06657
     robust    L = (-(1 - e) log sigmoid(beta m) + e log sigmoid(-beta m)) / (1 - 2 e)   arXiv 2403.00409
-    sppo      L = (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2, TRL's hard     arXiv 2405.00675
+    sppo      L = (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2, sppo_hard      arXiv 2405.00675
     simpo     L = -log sigmoid(beta (log pi_w - log pi_l) - gamma), per token     arXiv 2405.14734
 
 e is the label smoothing, the share of pairs thought to be the wrong way round. With it sigmoid is conservative DPO:

@@ -204,9 +204,8 @@ def main(args: Args) -> None:
         try:
             if script == "dpo" and not (data / "pairs.jsonl").exists():  # of the start's own samples
                 length = f"{HERE.parent / 'examples' / 'rewards.py'}:length"
-                scored = (
-                    ["--reward", length, *reward[2:], "--truncated"] if args.quick else reward
-                )  # two steps teach little
+                # two steps teach neither right answers nor when to stop
+                scored = ["--reward", length, *reward[2:], "--truncated"] if args.quick else reward
                 made = ["--model", start, "--data", data / "train.jsonl", "--output", data / "pairs.part", *scored]
                 python(HERE / "pairs.py", *made, "--prompts", pairs, "--prompts-per-batch", prompts)
                 (data / "pairs.part").rename(data / "pairs.jsonl")

@@ -106,7 +106,7 @@ def test_rewards_add_up_by_their_weights():
     assert components["length"].tolist() == pytest.approx([-len(text) / 1000 for text in texts])
     assert rewards.tolist() == [1.5, 1.5, 1.0, 0.5]
     tied, _ = common.load_reward(names, (3, 7, 1))(rows[:1] * 37, texts[:1] * 37)
-    assert (tied == tied[0]).all()  # to the last bit, as only then no advantage is left
+    assert (tied == tied[0]).all()  # whole numbers as weights; equal to the last bit
 
 
 LOOPS = ["9", "1.", "-", ",", "#### ", "\\boxed{", "\\boxed{5} ", "a=", "1a ", "5 ", "5 and ", "<<5", "a1+", "$ ", "\n"]
